@@ -1,0 +1,87 @@
+"""Every setting of Ratchet, in one place. Read from the environment (`RATCHET_...`, and `DATABASE_URL`).
+
+Used by the service, the trainer, migrations and the command line; nobody else reads the environment.
+"""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import SettingsError
+
+
+class Settings(BaseSettings):
+    """Frozen. A name that starts with `RATCHET_` and is not a field here is refused, so that typos are seen."""
+
+    model_config = SettingsConfigDict(env_prefix="RATCHET_", frozen=True, extra="forbid", populate_by_name=True)
+
+    # --- where things are
+    state: Path = Path("state")
+    """Folder of all state: database, starter model, policies, cycles, logs. A second start continues with it."""
+    host: str = "127.0.0.1"
+    """Address that the service listens on."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port that the service listens on."""
+    database_url: SecretStr | None = Field(None, validation_alias="DATABASE_URL")
+    """`postgresql://user:password@host:port/name`. Unset: PostgreSQL is embedded, its files in the state folder."""
+    database_port: int = Field(8432, ge=1, le=65535)
+    """Port of the embedded PostgreSQL, on loopback. Unused where `DATABASE_URL` is set."""
+
+    # --- the engine
+    model: str = "starter"
+    """`starter` (made on this machine), or a Hugging Face id or folder of a causal LM with a chat template."""
+    engine_urls: tuple[str, ...] = ()
+    """Addresses of running vLLM replicas, as a JSON list. Empty: `make up` starts one on `RATCHET_ENGINE_PORT`."""
+    engine_port: int = Field(8001, ge=1, le=65535)
+    """Port of the engine that `make up` starts, on loopback."""
+    engine_max_adapters: int = Field(4, ge=3)
+    """Adapters that an engine holds at once (live, previous, challenger, and one being loaded)."""
+    max_lora_rank: int = Field(32, ge=8)
+    """Largest adapter rank that the engine takes; `RATCHET_LORA_RANK` must not exceed it."""
+    max_model_tokens: int = Field(0, ge=0)
+    """Context length of the engine in tokens; 0 takes the model's own."""
+
+    # --- chat
+    default_max_tokens: int = Field(512, ge=1)
+    """Longest reply in tokens where a request names none; cut to what is left of the context."""
+    request_deadline_seconds: float = Field(120.0, gt=0)
+    """A generation that takes longer is aborted."""
+    comparison_rate: float = Field(0.25, ge=0, le=1)
+    """Share of `comparison: auto` requests that are shown two replies."""
+    comparison_temperature: float = Field(1.0, gt=0)
+    """Sampling temperature where a request names none."""
+
+    # --- learning
+    cycle_votes: int = Field(100, ge=1)
+    """New votes that start a cycle."""
+    cycle_hours: float = Field(24.0, gt=0)
+    """Hours after which a cycle starts with fewer votes (at least `RATCHET_CYCLE_MIN_VOTES` new ones)."""
+    cycle_min_votes: int = Field(20, ge=2)
+    """New votes below which no cycle starts by the clock."""
+    tick_seconds: float = Field(5.0, gt=0)
+    """How often the trainer looks for a reason to start a cycle."""
+    seed: int = 0
+    """Seed of the starter and of every cycle (a cycle adds its number)."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of the trainer; 0 takes all cores."""
+    lora_rank: int = Field(16, ge=1)
+    """Rank of a policy's adapter."""
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The settings of this process. Raises SettingsError naming the variable that is wrong."""
+    known = {f"RATCHET_{name}".upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith("RATCHET_") and name not in known)
+    if unknown:
+        raise SettingsError(f"{unknown[0]} is not a setting of Ratchet. The README lists them all.")
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).upper()
+        name = name if name == "DATABASE_URL" else f"RATCHET_{name}"
+        raise SettingsError(f"{name}: {first['msg']}") from None

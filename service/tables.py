@@ -1,0 +1,198 @@
+"""The database: every table of Ratchet, in the words of the README. Changed only by Alembic migrations.
+
+Ids that leave the service are texts with a prefix (`chatcmpl-`, `cmp-`). All times are UTC.
+"""
+
+from datetime import datetime
+from typing import Any, TypedDict
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Float,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    Text,
+    UniqueConstraint,
+    func,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+CHOICES = ("first", "second", "tie", "neither")
+CYCLE_STAGES = ("requested", "snapshot", "reward_model", "ppo", "gate", "swap", "promoted", "rejected", "failed")
+POLICY_STATES = ("published", "verified", "rejected", "refused")
+
+
+class Message(TypedDict):
+    """One turn of a prompt, as in OpenAI's chat API: content is text."""
+
+    role: str
+    content: str
+
+
+def _one_of(column: str, values: tuple[str, ...], name: str) -> CheckConstraint:
+    return CheckConstraint(f"{column} IN ({', '.join(repr(value) for value in values)})", name=name)
+
+
+class Table(DeclarativeBase):
+    """Base of all tables; the naming convention gives every constraint a name that a migration can drop."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own protocol)
+        str: Text,
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB,
+        list[Any]: JSONB,
+        float: Float,
+    }
+
+
+class User(Table):
+    """Somebody who chats and votes, by the name that the client gives in OpenAI's field `user`."""
+
+    __tablename__ = "users"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Prompt(Table):
+    """The messages up to and including the user's last one: `[{"role", "content"}, ...]`."""
+
+    __tablename__ = "prompts"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
+    messages: Mapped[list[Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Policy(Table):
+    """An immutable set of weights. `policy-000000` is the base model itself; names and paths are never reused."""
+
+    __tablename__ = "policies"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    parent: Mapped[str | None] = mapped_column(ForeignKey("policies.name"))
+    path: Mapped[str]
+    """The policy's folder (adapter, `manifest.json`, `READY`), or the base model's folder or id."""
+    cycle_id: Mapped[int | None] = mapped_column(ForeignKey("cycles.id", use_alter=True), index=True)
+    state: Mapped[str]
+    """published: the trainer wrote it. verified: every replica reproduced its probe. rejected: by the gate.
+    refused: a check before loading or the probe failed; `reason` says which."""
+    reason: Mapped[str | None]
+    manifest: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (_one_of("state", POLICY_STATES, "state"),)
+
+
+class Deployment(Table):
+    """The pointer: one row. Flipping `live` is the swap. Every change is announced on channel `deployment`."""
+
+    __tablename__ = "deployment"
+    id: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    live: Mapped[str] = mapped_column(ForeignKey("policies.name"))
+    challenger: Mapped[str | None] = mapped_column(ForeignKey("policies.name"))
+    previous: Mapped[str | None] = mapped_column(ForeignKey("policies.name"))
+    changed_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+
+class Reply(Table):
+    """One complete answer from one policy, with its sampling settings. Stored before its id leaves the service."""
+
+    __tablename__ = "replies"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"), index=True)
+    policy: Mapped[str] = mapped_column(ForeignKey("policies.name"), index=True)
+    sampling: Mapped[dict[str, Any]]
+    content: Mapped[str | None]
+    """Null until the reply has ended; a failed or aborted one keeps what had come."""
+    finish_reason: Mapped[str | None]
+    """`stop`, `length`, `error` or `abort`; null while it runs."""
+    prompt_tokens: Mapped[int | None] = mapped_column(Integer)
+    completion_tokens: Mapped[int | None] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[datetime | None]
+
+
+class Comparison(Table):
+    """One prompt with two replies shown to one user, why it was shown and with what probability."""
+
+    __tablename__ = "comparisons"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"), index=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
+    reason: Mapped[str]
+    """`always`: the client asked. `auto`: drawn at the base rate."""
+    propensity: Mapped[float]
+    """Probability with which this comparison was shown, in (0, 1]."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class ComparisonReply(Table):
+    """The order that the replies were shown in: position 0 is `first`."""
+
+    __tablename__ = "comparison_replies"
+    comparison_id: Mapped[str] = mapped_column(ForeignKey("comparisons.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    reply_id: Mapped[str] = mapped_column(ForeignKey("replies.id"), unique=True)
+
+
+class Vote(Table):
+    """A user's choice on a comparison. One per user and comparison; a revision replaces it."""
+
+    __tablename__ = "votes"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    comparison_id: Mapped[str] = mapped_column(ForeignKey("comparisons.id"))
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
+    choice: Mapped[str]
+    comment: Mapped[str | None]
+    tags: Mapped[list[Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (UniqueConstraint("comparison_id", "user_id"), _one_of("choice", CHOICES, "choice"))
+
+
+class Snapshot(Table):
+    """The exact, hashed set of votes that a cycle trained on; its content lies in the cycle's folder."""
+
+    __tablename__ = "snapshots"
+    sha256: Mapped[str] = mapped_column(primary_key=True)
+    num_votes: Mapped[int] = mapped_column(Integer)
+    vote_ids: Mapped[list[Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Cycle(Table):
+    """Snapshot -> reward model -> policy training -> gate -> swap, and how it ended."""
+
+    __tablename__ = "cycles"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    trigger: Mapped[str]
+    """`votes`, `clock` or `operator`."""
+    stage: Mapped[str]
+    reason: Mapped[str | None]
+    """Why it ended as it did, or what it is waiting for."""
+    snapshot_sha256: Mapped[str | None] = mapped_column(ForeignKey("snapshots.sha256"))
+    policy: Mapped[str | None] = mapped_column(ForeignKey("policies.name"))
+    metrics: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    """`{"progress": {...}, "reward_model": {...}, "ppo": {...}, "gate": {...}}`, filled as the cycle goes on."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[datetime | None]
+    __table_args__ = (
+        _one_of("stage", CYCLE_STAGES, "stage"),
+        Index("ix_cycles_open", "id", postgresql_where="ended_at IS NULL"),
+    )
