@@ -1,0 +1,80 @@
+"""Fixtures that more than one file of tests uses: a real PostgreSQL, and a free port."""
+
+import itertools
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import URL
+
+from service import embedded, schema
+from service.database import database_url
+from service.settings import Settings, get_settings
+
+TEMPLATE = "ratchet_template"
+NUMBERS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A developer's own environment changes no test."""
+    for name in [name for name in os.environ if name.startswith("RATCHET_")] + ["DATABASE_URL"]:
+        monkeypatch.delenv(name, raising=False)
+    get_settings.cache_clear()
+    yield
+    get_settings.cache_clear()
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def database_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[URL]:
+    """A running PostgreSQL with a migrated template database; gives the URL of its database `postgres`."""
+    settings = Settings(state=tmp_path_factory.mktemp("postgres"), database_port=free_port())
+    embedded.prepare(settings)
+    log = (settings.state / "postgres.log").open("ab")
+    # Only here: a test's database need not outlive a power cut, and making one is five times as fast.
+    words = [*embedded.command(settings), "-c", "fsync=off"]
+    with log, subprocess.Popen(words, stderr=log, cwd="/") as server:
+        try:
+            embedded.wait_until_ready(settings, lambda: server.poll() is None)
+            url = database_url(settings).set(database="postgres")
+            _execute(url, f"CREATE DATABASE {TEMPLATE}")
+            schema.upgrade(_settings(url.set(database=TEMPLATE), settings.state))
+            yield url
+        finally:
+            embedded.end_leftovers(embedded.data_folder(settings))
+
+
+@pytest.fixture
+def database(database_server: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """A fresh database with all tables; gives settings that name it and a state folder (environment too)."""
+    name = f"test_{next(NUMBERS)}"
+    _execute(database_server, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    settings = _settings(database_server.set(database=name), tmp_path)
+    assert settings.database_url is not None
+    monkeypatch.setenv("DATABASE_URL", settings.database_url.get_secret_value())
+    monkeypatch.setenv("RATCHET_STATE", str(tmp_path))
+    get_settings.cache_clear()
+    yield settings
+    _execute(database_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _settings(url: URL, state: Path) -> Settings:
+    return Settings(database_url=SecretStr(url.render_as_string(hide_password=False)), state=state)
+
+
+def _execute(url: URL, statement: str) -> None:
+    target = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(target, autocommit=True) as connection:
+        connection.execute(statement.encode())

@@ -1,0 +1,102 @@
+"""The migrations make exactly the tables that the code has, and go down and up again."""
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, inspect, text
+
+from service import schema
+from service.database import sync_engine, sync_sessions
+from service.settings import Settings
+from service.tables import (
+    Comparison,
+    ComparisonReply,
+    Cycle,
+    Deployment,
+    Policy,
+    Prompt,
+    Reply,
+    Snapshot,
+    Table,
+    User,
+    Vote,
+)
+
+pytestmark = pytest.mark.database
+
+
+def differences(connection: Connection) -> list[object]:
+    context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+    return list(compare_metadata(context, Table.metadata))
+
+
+def add_a_row_of_everything(settings: Settings) -> None:
+    engine = sync_engine(settings)
+    with sync_sessions(engine).begin() as session:
+        session.add(User(id=1, name="ada"))
+        session.add(Policy(name="policy-000000", path="base", state="verified", manifest={}))
+        session.add(Snapshot(sha256="ab", num_votes=1, vote_ids=[1]))
+        session.flush()
+        session.add(Cycle(id=1, trigger="votes", stage="promoted", snapshot_sha256="ab"))
+        session.flush()
+        adapter = Policy(
+            name="policy-000001", parent="policy-000000", path="p", state="published", manifest={}
+        )
+        session.add(adapter)
+        session.flush()
+        adapter.cycle_id = 1
+        session.add(Deployment(id=1, live="policy-000000", challenger="policy-000001"))
+        session.add(Prompt(id=1, user_id=1, messages=[{"role": "user", "content": "hello"}]))
+        session.flush()
+        session.add(Reply(id="chatcmpl-1", prompt_id=1, policy="policy-000000", sampling={"temperature": 1}))
+        session.add(Comparison(id="cmp-1", prompt_id=1, user_id=1, reason="always", propensity=1))
+        session.flush()
+        session.add(ComparisonReply(comparison_id="cmp-1", position=0, reply_id="chatcmpl-1"))
+        session.add(Vote(comparison_id="cmp-1", user_id=1, choice="tie", tags=[]))
+    engine.dispose()
+
+
+def test_migrations_and_tables_agree(database: Settings) -> None:
+    with sync_engine(database).connect() as connection:
+        assert differences(connection) == []
+
+
+def constraints(connection: Connection, place: str) -> set[tuple[str, str]]:
+    """Name and definition of every constraint of the schema `place`."""
+    query = (
+        "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint "
+        "WHERE connamespace = to_regnamespace(:place)"
+    )
+    found = {
+        (name, definition.replace(f"{place}.", ""))
+        for name, definition in connection.execute(text(query), {"place": place})
+    }
+    return {(name, definition) for name, definition in found if not name.startswith("alembic")}
+
+
+def test_all_constraints_agree_also_the_checks_that_alembic_does_not_compare(database: Settings) -> None:
+    with sync_engine(database).connect() as connection:
+        connection.execute(text("CREATE SCHEMA from_tables"))
+        Table.metadata.create_all(connection.execution_options(schema_translate_map={None: "from_tables"}))
+        assert constraints(connection, "from_tables") == constraints(connection, "public")
+
+
+def test_migrations_go_down_and_up_again_with_rows_in_every_table(database: Settings) -> None:
+    add_a_row_of_everything(database)
+    engine = sync_engine(database)
+    with engine.connect() as connection:
+        for table in Table.metadata.sorted_tables:
+            assert connection.execute(table.select()).first() is not None, table.name
+    schema.downgrade(database)
+    with engine.connect() as connection:
+        assert inspect(connection).get_table_names() == ["alembic_version"]
+    schema.upgrade(database)
+    with engine.connect() as connection:
+        assert differences(connection) == []
+
+
+def test_an_upgrade_with_nothing_to_do_keeps_the_rows(database: Settings) -> None:
+    add_a_row_of_everything(database)
+    schema.upgrade(database)
+    with sync_engine(database).connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM votes")).scalar_one() == 1
