@@ -1,13 +1,19 @@
 """The errors of Ratchet. One base class, one handler (in `app.py`), OpenAI's shape.
 
-    RatchetError                500
-    ├── SettingsError           (start-up only: the process ends with this line)
-    ├── BadRequest              400  the message says what to change
-    ├── NotFound                404
-    ├── Conflict                409
-    ├── TooLarge                413
-    ├── Busy                    429/503 with Retry-After
-    └── EngineUnavailable       503
+RatchetError                500
+├── SettingsError           (start-up only: the process ends with this line)
+├── BadRequest              400  the message says what to change
+├── Forbidden               403
+├── NotFound                404
+├── Conflict                409
+├── TooLarge                413
+├── Busy                    429/503 with Retry-After
+├── EngineUnavailable       503  with Retry-After
+│   ├── EngineGone               a replica could not be reached, or went away
+│   └── PolicyNotLoaded          a replica lost a policy; the reconciler brings it back
+├── DeadlineExceeded        504
+├── MixedPolicy             500  an engine answered with another policy than the one asked for
+└── PolicyRefused           (reconciler only: stored as the policy's `reason`)
 """
 
 
@@ -37,6 +43,11 @@ class BadRequest(RatchetError):
     type = "invalid_request_error"
 
 
+class Forbidden(RatchetError):
+    status = 403
+    type = "permission_error"
+
+
 class NotFound(RatchetError):
     status = 404
     type = "invalid_request_error"
@@ -57,3 +68,24 @@ class EngineUnavailable(RatchetError):
 
     status = 503
     type = "service_unavailable"
+
+
+class EngineGone(EngineUnavailable):
+    """A replica could not be reached, or its connection broke."""
+
+
+class PolicyNotLoaded(EngineUnavailable):
+    """A replica does not know the policy that was asked of it: it restarted a moment ago."""
+
+
+class DeadlineExceeded(RatchetError):
+    status = 504
+    type = "timeout"
+
+
+class MixedPolicy(RatchetError):
+    """An engine's chunk names another policy than the one asked for. Must never happen; is counted."""
+
+
+class PolicyRefused(RatchetError):
+    """A policy's folder, load or probe is not what its manifest promises."""

@@ -1,0 +1,71 @@
+"""`python -m service`: checks what it needs, then serves. A wrong setting ends it with one line, status 1."""
+
+import logging
+import socket
+import sys
+
+import uvicorn
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.app import create_app
+from service.database import check_connection, sync_engine
+from service.errors import SettingsError
+from service.settings import Settings, get_settings
+
+GRACE_SECONDS = 10
+"""How long answers under way may take to end when the service is asked to stop."""
+
+
+def main() -> int:
+    """Serve until told to stop. Returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        settings = get_settings()
+        check_connection(settings)
+        check_prepared(settings)
+        listener = listen(settings)
+    except SettingsError as error:
+        print(f"ratchet service: {error.message}", file=sys.stderr)
+        return 1
+    config = uvicorn.Config(
+        create_app(settings), log_level="info", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
+    )
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def check_prepared(settings: Settings) -> None:
+    """Raises SettingsError where the database has no tables or no live policy."""
+    engine = sync_engine(settings)
+    try:
+        with engine.connect() as connection:
+            prepared = connection.scalar(text("SELECT count(*) FROM deployment"))
+    except SQLAlchemyError:
+        prepared = 0
+    finally:
+        engine.dispose()
+    if not prepared:
+        raise SettingsError("DATABASE_URL: the database is not prepared; `ratchet up` does that.")
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The socket to serve on. Raises SettingsError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise SettingsError(
+            f"RATCHET_PORT: cannot listen on {settings.host}:{settings.port} (RATCHET_HOST, RATCHET_PORT): "
+            f"{error.strerror}."
+        ) from None
+    return listener
+
+
+if __name__ == "__main__":
+    sys.exit(main())

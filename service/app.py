@@ -1,0 +1,144 @@
+"""The FastAPI application: what runs beside the requests, the one error handler, and the routers. READ FIRST."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+import aiohttp
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import chat, metrics, operator, pages, votes
+from service.context import Context
+from service.database import async_engine, async_sessions, database_url
+from service.engine import Engine, VllmEngine
+from service.errors import BadRequest, EngineUnavailable, RatchetError, TooLarge
+from service.fleet import Fleet
+from service.reconciler import Reconciler
+from service.settings import Settings
+
+log = logging.getLogger("ratchet")
+
+MOST_BODY_BYTES = 1 << 20
+Connect = Callable[[Settings, aiohttp.ClientSession], list[Engine]]
+
+
+def create_app(settings: Settings, connect: Connect | None = None) -> FastAPI:
+    """The service. `connect` makes its engines: vLLM over HTTP, unless a test brings others."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            app.state.context = await _start(stack, settings, connect or connect_vllm)
+            yield
+
+    app = FastAPI(
+        title="Ratchet",
+        description="A chat service that learns from its users: chat, vote, learn, swap.",
+        lifespan=lifespan,
+    )
+    for router in (chat.router, votes.router, operator.router, pages.router):
+        app.include_router(router)
+    pages.mount_files(app)
+    app.add_middleware(LimitBody)
+    for kind in (
+        RatchetError,
+        RequestValidationError,
+        HTTPException,
+        OperationalError,
+        InterfaceError,
+        Exception,
+    ):
+        app.add_exception_handler(kind, handle_error)
+    return app
+
+
+def connect_vllm(settings: Settings, session: aiohttp.ClientSession) -> list[Engine]:
+    """The replicas that the settings name, else the one that `ratchet up` starts."""
+    urls = settings.engine_urls or (f"http://127.0.0.1:{settings.engine_port}",)
+    return [VllmEngine(url, session) for url in urls]
+
+
+async def _start(stack: AsyncExitStack, settings: Settings, connect: Connect) -> Context:
+    """Open what the service needs; `stack` closes it in the opposite order."""
+    database: AsyncEngine = async_engine(settings)
+    stack.push_async_callback(database.dispose)
+    session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+    context = Context(settings, async_sessions(database), Fleet(connect(settings, session)))
+    reconciler = Reconciler(context.fleet, context.sessions, database_url(settings))
+    task = asyncio.create_task(reconciler.run(), name="reconciler")
+    stack.push_async_callback(_stop, task)
+    return context
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def handle_error(_: Request, error: Exception) -> JSONResponse:
+    """Every error, in OpenAI's shape."""
+    shaped, status, headers = _shaped(error)
+    metrics.ERRORS.labels(status).inc()
+    return JSONResponse(shaped.body(), status, headers)
+
+
+def _shaped(error: Exception) -> tuple[RatchetError, int, dict[str, str]]:
+    """The error that the caller sees, its status and headers. Unexpected ones say nothing of their cause."""
+    if isinstance(error, RatchetError):
+        return error, error.status, {"retry-after": "1"} if isinstance(error, EngineUnavailable) else {}
+    if isinstance(error, RequestValidationError):
+        return _validation_error(error), BadRequest.status, {}
+    if isinstance(error, HTTPException) and isinstance(error.__cause__, RatchetError):
+        return _shaped(error.__cause__)  # FastAPI wraps what is raised while it reads the body
+    if isinstance(error, HTTPException):
+        headers = dict(error.headers or {})
+        return BadRequest(str(error.detail), code=f"http_{error.status_code}"), error.status_code, headers
+    if isinstance(error, OperationalError | InterfaceError):
+        log.error("the database does not answer (DATABASE_URL)")
+        return (
+            EngineUnavailable("The database does not answer. Try again.", code="database"),
+            503,
+            {"retry-after": "1"},
+        )
+    return RatchetError("Something went wrong. Try again."), RatchetError.status, {}
+
+
+def _validation_error(error: RequestValidationError) -> BadRequest:
+    """The first thing that is wrong, named by its path. Never shows the value: it may be a message's content."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return BadRequest("The body is not JSON.", code="invalid_json")
+    path = ".".join(str(part) for part in first["loc"][1:])
+    message = first["msg"].removeprefix("Value error, ")
+    return BadRequest(f"{path}: {message}" if path else f"The body: {message}", param=path or None)
+
+
+class LimitBody:
+    """Refuses bodies over 1 MiB, before they are read where they say their length."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MOST_BODY_BYTES:
+                raise TooLarge(f"The body is larger than {MOST_BODY_BYTES} bytes. Shorten the conversation.")
+            return message
+
+        await self._app(scope, counted, send)

@@ -1,0 +1,28 @@
+"""What every endpoint works with, made once by `app.py`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from service.fleet import Fleet
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The settings, the way to the database, and the replicas."""
+
+    settings: Settings
+    sessions: async_sessionmaker[AsyncSession]
+    fleet: Fleet
+
+
+def _context(request: Request) -> Context:
+    context = request.app.state.context
+    assert isinstance(context, Context)
+    return context
+
+
+ContextDep = Annotated[Context, Depends(_context)]

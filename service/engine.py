@@ -1,0 +1,245 @@
+"""The only door to vLLM. Speaks its HTTP API; knows nothing of users, comparisons or the database.
+
+A request body is built anew from the fields named here, so nothing that a client sends reaches the engine unseen.
+Used by `fleet.py` (health, loading, probing) and `chat.py` (generation).
+"""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from http import HTTPStatus
+from typing import Any, Protocol
+
+import aiohttp
+
+from service.errors import BadRequest, EngineGone, EngineUnavailable, PolicyNotLoaded, PolicyRefused
+
+CONNECT_SECONDS = 2.0
+CONTROL_SECONDS = 10.0
+"""For questions that need no generation."""
+TOKEN_SECONDS = 30.0
+"""For one token: a busy engine, or one that compiles a kernel, takes long; a hung one takes for ever."""
+LOAD_SECONDS = 120.0
+LONGEST_LINE_BYTES = 1 << 20
+FINISHED = ("stop", "length")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a reply is drawn; stored with it. `max_tokens` counts reply tokens."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    stop: tuple[str, ...]
+    seed: int | None
+    presence_penalty: float
+    frequency_penalty: float
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation, text only."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one engine chunk adds to reply `index`; token counts are those of that reply so far."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What an engine holds now."""
+
+    names: frozenset[str]
+    context_tokens: int
+
+
+class Engine(Protocol):
+    """One replica, as the rest of the service sees it. Every method raises EngineUnavailable where it fails."""
+
+    url: str
+
+    def generate(
+        self, policy: str, messages: list[Message], sampling: Sampling, count: int
+    ) -> AbstractAsyncContextManager[AsyncIterator[Piece]]:
+        """Entering: the engine took the request (else BadRequest, PolicyNotLoaded). Leaving aborts what still runs."""
+
+    async def models(self) -> Models:
+        """The base and the adapters that it can answer with."""
+
+    async def complete_one(self, policy: str) -> None:
+        """Generate one token: the only proof that an engine still works."""
+
+    async def load(self, policy: str, path: str) -> None:
+        """Load an adapter under a fresh name. Raises PolicyRefused where the engine cannot take it."""
+
+    async def unload(self, policy: str) -> None:
+        """Forget an adapter."""
+
+    async def logprob(self, policy: str, prefix: list[int], token: int) -> float:
+        """Log-probability (nats, temperature 1) of `token` after `prefix`."""
+
+
+class VllmEngine:
+    """A vLLM replica reached over HTTP. `url` has no trailing slash."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self.url = url.rstrip("/")
+        self._session = session
+
+    @asynccontextmanager
+    async def generate(
+        self, policy: str, messages: list[Message], sampling: Sampling, count: int
+    ) -> AsyncIterator[AsyncIterator[Piece]]:
+        body = {
+            "model": policy,
+            "messages": [asdict(message) for message in messages],
+            **{name: value for name, value in asdict(sampling).items() if value is not None},
+            "n": count,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            "cache_salt": policy,
+        }
+        response = await self._open("/v1/chat/completions", body)
+        try:
+            if response.status != HTTPStatus.OK:
+                raise _refusal(response.status, _message_of(await response.text()), policy)
+            yield _pieces(response.content)
+        finally:
+            response.close()  # a no-op once read to the end; before that, vLLM sees it and aborts the generation
+
+    async def _open(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
+        try:
+            return await self._session.post(
+                self.url + path, json=body, timeout=timeout, read_bufsize=LONGEST_LINE_BYTES
+            )
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _gone(error) from error
+
+    async def models(self) -> Models:
+        cards = (await self._call("GET", "/v1/models"))["data"]
+        return Models(
+            names=frozenset(card["id"] for card in cards),
+            context_tokens=max(card.get("max_model_len") or 0 for card in cards),
+        )
+
+    async def complete_one(self, policy: str) -> None:
+        body = {"model": policy, "prompt": [1], "max_tokens": 1, "cache_salt": policy}
+        await self._call("POST", "/v1/completions", body, TOKEN_SECONDS)
+
+    async def load(self, policy: str, path: str) -> None:
+        body = {"lora_name": policy, "lora_path": path}
+        status, answer = await self._send("POST", "/v1/load_lora_adapter", body, LOAD_SECONDS)
+        if status != HTTPStatus.OK and "already been loaded" not in answer:
+            raise PolicyRefused(f"the engine could not load it: {_message_of(answer)}")
+
+    async def unload(self, policy: str) -> None:
+        await self._send("POST", "/v1/unload_lora_adapter", {"lora_name": policy}, CONTROL_SECONDS)
+
+    async def logprob(self, policy: str, prefix: list[int], token: int) -> float:
+        # Not `prompt_logprobs`: with an adapter it ends the whole engine in vLLM's CPU build, and leaves lm_head's
+        # adapter out on GPUs (vLLM issues 16668 and 51594). `allowed_token_ids` forces the token; the log-probability
+        # that comes back is the model's own, from before that mask.
+        body = {
+            "model": policy,
+            "prompt": prefix,
+            "max_tokens": 1,
+            "allowed_token_ids": [token],
+            "logprobs": 0,
+            "temperature": 1.0,
+            "cache_salt": policy,
+        }
+        answer = await self._call("POST", "/v1/completions", body, TOKEN_SECONDS)
+        return float(answer["choices"][0]["logprobs"]["token_logprobs"][0])
+
+    async def _call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = CONTROL_SECONDS
+    ) -> Any:
+        status, answer = await self._send(method, path, body, seconds)
+        if status != HTTPStatus.OK:
+            raise EngineUnavailable(f"The engine answered {status} to {path}: {_message_of(answer)}")
+        return json.loads(answer)
+
+    async def _send(
+        self, method: str, path: str, body: dict[str, Any] | None, seconds: float
+    ) -> tuple[int, str]:
+        timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
+        try:
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                return response.status, await response.text()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _gone(error) from error
+
+
+def _gone(error: Exception) -> EngineGone:
+    return EngineGone(f"The engine did not answer ({type(error).__name__}). Try again.")
+
+
+async def _pieces(lines: aiohttp.StreamReader) -> AsyncIterator[Piece]:
+    """The chunks of one SSE stream. Raises EngineUnavailable for an error event, an abort, or an early end."""
+    async for line in _whole_lines(lines):
+        if not line.startswith(b"data:"):
+            continue
+        data = line[5:].strip()
+        if data == b"[DONE]":
+            return
+        chunk = json.loads(data)
+        if "error" in chunk:
+            raise EngineUnavailable("The engine failed while it was answering. Try again.")
+        for choice in chunk["choices"]:
+            yield _piece(chunk, choice)
+    raise EngineGone("The engine went away while it was answering. Try again.")
+
+
+async def _whole_lines(lines: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    try:
+        async for line in lines:
+            yield line
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise _gone(error) from error
+
+
+def _piece(chunk: dict[str, Any], choice: dict[str, Any]) -> Piece:
+    reason = choice.get("finish_reason")
+    if reason is not None and reason not in FINISHED:
+        raise EngineUnavailable("The engine stopped before the answer was whole. Try again.")
+    usage = chunk.get("usage") or {}
+    return Piece(
+        index=choice["index"],
+        text=(choice["delta"].get("content") or "").replace("\0", "\ufffd"),  # PostgreSQL cannot hold NUL
+        finish_reason=reason,
+        prompt_tokens=usage.get("prompt_tokens", 0),
+        completion_tokens=usage.get("completion_tokens", 0),
+        model=chunk["model"],
+    )
+
+
+def _refusal(status: int, message: str, policy: str) -> BadRequest | EngineUnavailable:
+    """The error for a request that the engine did not take."""
+    if status == HTTPStatus.NOT_FOUND:
+        return PolicyNotLoaded(f"{policy} is being loaded. Try again in a moment.")
+    if status != HTTPStatus.BAD_REQUEST:
+        return EngineUnavailable(f"The engine answered {status}. Try again.")
+    if "context length" in message:
+        return BadRequest(message, param="messages", code="context_length_exceeded")
+    return BadRequest(f"The model cannot take this request: {message}", param="messages")
+
+
+def _message_of(answer: str) -> str:
+    """The message of an error in OpenAI's shape, else the start of the text; one line."""
+    with suppress(ValueError, KeyError, TypeError):
+        answer = str(json.loads(answer)["error"]["message"])
+    return " ".join(answer.split())[:500]

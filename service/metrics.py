@@ -1,0 +1,36 @@
+"""Every metric of the service, for Prometheus at `/metrics`. Names begin with `ratchet_`; units are in the names."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+ERRORS = Counter("ratchet_errors", "Answers with an error, by status.", ["status"])
+REPLIES = Counter(
+    "ratchet_replies", "Replies that ended, by policy and finish reason.", ["policy", "finish_reason"]
+)
+REPLY_TOKENS = Counter("ratchet_reply_tokens", "Tokens of ended replies, by policy.", ["policy"])
+REPLY_SECONDS = Histogram(
+    "ratchet_reply_seconds", "From request to the end of its last reply.", buckets=SECONDS
+)
+FIRST_TOKEN_SECONDS = Histogram(
+    "ratchet_first_token_seconds", "From request to the first token.", buckets=SECONDS
+)
+RUNNING = Gauge("ratchet_requests_running", "Chat requests that are being answered.")
+COMPARISONS = Counter("ratchet_comparisons", "Comparisons shown, by reason.", ["reason"])
+VOTES = Counter("ratchet_votes", "Votes given or revised, by choice.", ["choice"])
+MIXED_POLICY = Counter("ratchet_mixed_policy", "Engine chunks of another policy than asked for. Must stay 0.")
+SWAPS = Counter("ratchet_swaps", "Challengers decided on, by result: promoted or refused.", ["result"])
+ROLLBACKS = Counter("ratchet_rollbacks", "Times that live and previous were exchanged.")
+LOAD_SECONDS = Histogram(
+    "ratchet_policy_load_seconds", "To load and verify a policy on a replica.", buckets=SECONDS
+)
+PROBE_GAP = Gauge("ratchet_probe_gap_nats", "Engine against manifest, mean absolute, per token.", ["policy"])
+REPLICA_HEALTHY = Gauge("ratchet_replica_healthy", "1 where a replica generates tokens.", ["replica"])
+RECONCILE_ERRORS = Counter("ratchet_reconcile_errors", "Rounds of the reconciler that failed.")
+LIVE = Gauge("ratchet_live", "1 for the policy that answers.", ["policy"])
+
+
+def show_live(policy: str) -> None:
+    """Let `ratchet_live` name exactly this policy."""
+    LIVE.clear()
+    LIVE.labels(policy).set(1)

@@ -1,0 +1,95 @@
+"""The page at `/`, what it is made of, and what tells others how the service is: health, metrics, status, models."""
+
+import asyncio
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from sqlalchemy import func, select
+
+from service import policies
+from service.context import ContextDep
+from service.errors import EngineUnavailable
+from service.schemas import ALIAS, Model, ModelList, Status
+from service.tables import Cycle, Policy, Vote
+
+WEB = Path(__file__).parent / "web"
+READY_SECONDS = 10.0
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PAGE_HEADERS = {
+    "content-security-policy": POLICY,
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+
+router = APIRouter(tags=["service"])
+
+
+@router.get("/", include_in_schema=False)
+async def index() -> FileResponse:
+    """The page to chat and vote in."""
+    return FileResponse(WEB / "index.html", headers=PAGE_HEADERS)
+
+
+def mount_files(app: FastAPI) -> None:
+    """Serve the page's script and style."""
+    app.mount("/web", StaticFiles(directory=WEB))
+
+
+@router.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(context: ContextDep) -> dict[str, str]:
+    """The database answers, and the live policy, verified on a replica, has just generated a token."""
+    async with context.sessions() as session:
+        live = (await policies.read_deployment(session)).live
+    replica = context.fleet.route(live)
+    try:
+        async with asyncio.timeout(READY_SECONDS):
+            await replica.engine.complete_one(live)
+    except TimeoutError:
+        raise EngineUnavailable(f"The engine gave no token within {READY_SECONDS:g} s.") from None
+    return {"status": "ready", "live": live}
+
+
+@router.get("/metrics")
+async def metrics_text() -> Response:
+    """Metrics for Prometheus."""
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/v1/models")
+async def list_models(context: ContextDep) -> ModelList:
+    """What can be asked for as `model`."""
+    names = context.fleet.policies()
+    async with context.sessions() as session:
+        rows = await session.execute(select(Policy.name, Policy.created_at).where(Policy.name.in_(names)))
+        created = {name: int(at.timestamp()) for name, at in rows.tuples()}
+    newest = max(created.values(), default=0)
+    return ModelList(
+        data=[
+            Model(id=ALIAS, created=newest),
+            *(Model(id=name, created=created[name]) for name in sorted(created)),
+        ]
+    )
+
+
+@router.get("/v1/status")
+async def status(context: ContextDep) -> Status:
+    """How far the loop is."""
+    async with context.sessions() as session:
+        return Status(
+            live=(await policies.read_deployment(session)).live,
+            votes=await session.scalar(select(func.count()).select_from(Vote)) or 0,
+            cycles=await session.scalar(select(func.count()).select_from(Cycle)) or 0,
+            cycle_stage=await session.scalar(select(Cycle.stage).where(Cycle.ended_at.is_(None)).limit(1)),
+        )

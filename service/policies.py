@@ -1,0 +1,161 @@
+"""The registry: which policies there are, which one is live, and what a policy's folder must hold.
+
+Every change of the pointer is one transaction that also announces itself on channel `deployment`.
+Used by the service (async) and, for the base, by `ratchet up` (sync).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, Field, ValidationError
+from sqlalchemy import func, select, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from service.errors import Conflict, PolicyRefused, SettingsError
+from service.tables import Deployment, Policy
+
+BASE = "policy-000000"
+CHANNEL = "deployment"
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Probe(BaseModel):
+    """One fixed sequence. `logprobs[i]`: nats, of token i after the tokens before it; the first is null."""
+
+    token_ids: list[int] = Field(min_length=2)
+    logprobs: list[float | None]
+
+
+class Manifest(BaseModel):
+    """What of a policy's `manifest.json` the service checks."""
+
+    name: str
+    files: dict[str, str]
+    probe: list[Probe] = Field(min_length=1)
+    probe_tolerance: float = Field(gt=0, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A policy that every replica must hold."""
+
+    name: str
+    path: str
+
+
+def read_folder(name: str, path: Path) -> Manifest:
+    """The manifest of a whole, unharmed policy folder. Raises PolicyRefused. Reads every file: call off the loop."""
+    if not (path / "READY").exists():
+        raise PolicyRefused("its folder holds no READY: it was not written to the end")
+    try:
+        manifest = Manifest.model_validate_json((path / "manifest.json").read_bytes())
+    except (OSError, ValidationError) as error:
+        raise PolicyRefused(f"its manifest cannot be read ({type(error).__name__})") from error
+    if manifest.name != name:
+        raise PolicyRefused(f"its manifest is that of {manifest.name}")
+    if WEIGHTS not in manifest.files:
+        raise PolicyRefused(f"its manifest has no sha256 of {WEIGHTS}")
+    for file, sha256 in manifest.files.items():
+        if _sha256(path / Path(file).name) != sha256:
+            raise PolicyRefused(f"{file} is not the file that the manifest names: its sha256 differs")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    """Hash of a file, or "" where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def ensure_base(session: Session, path: str) -> None:
+    """Insert `policy-000000` and point `live` at it where the database is new; the caller commits.
+
+    Raises SettingsError where this database began with another model: adapters fit one base only.
+    """
+    base = Policy(name=BASE, path=path, state="verified", manifest={})
+    known = session.get(Policy, BASE)
+    if known is None:
+        session.add(base)
+        session.flush()
+    elif known.path != path:
+        raise SettingsError(
+            f"RATCHET_MODEL: this state began with {known.path}, not {path}. "
+            "Name the old model, or another RATCHET_STATE (and database)."
+        )
+    session.execute(insert(Deployment).values(id=1, live=BASE).on_conflict_do_nothing())
+
+
+async def read_deployment(session: AsyncSession) -> Deployment:
+    """The pointer as it is now. Raises SettingsError where `ratchet up` never prepared the database."""
+    deployment = await session.get(Deployment, 1)
+    if deployment is None:
+        raise SettingsError("DATABASE_URL: the database has no live policy yet; `ratchet up` prepares it.")
+    return deployment
+
+
+async def wanted(session: AsyncSession) -> tuple[Deployment, list[Wanted]]:
+    """The pointer, and what it needs loaded: live first, then previous, then challenger; the base is always there."""
+    deployment = await read_deployment(session)
+    names = [deployment.live, deployment.previous, deployment.challenger]
+    order = [name for name in dict.fromkeys(names) if name is not None and name != BASE]
+    paths = dict(
+        (await session.execute(select(Policy.name, Policy.path).where(Policy.name.in_(order)))).tuples().all()
+    )
+    return deployment, [Wanted(name, paths[name]) for name in order]
+
+
+async def promote(session: AsyncSession, name: str) -> bool:
+    """The swap: live becomes previous and the verified challenger live. False where it is no challenger any more."""
+    deployment = await _locked(session)
+    if deployment.challenger != name:
+        return False
+    await _set_state(session, name, "verified", None)
+    deployment.previous, deployment.live, deployment.challenger = deployment.live, name, None
+    await _announce(session, deployment)
+    return True
+
+
+async def refuse(session: AsyncSession, name: str, reason: str) -> bool:
+    """End a challenger that failed a check; live stays untouched. False where it is no challenger any more."""
+    deployment = await _locked(session)
+    if deployment.challenger != name:
+        return False
+    await _set_state(session, name, "refused", reason)
+    deployment.challenger = None
+    await _announce(session, deployment)
+    return True
+
+
+async def roll_back(session: AsyncSession) -> Deployment:
+    """Exchange live and previous. Raises Conflict where there is no previous policy."""
+    deployment = await _locked(session)
+    if deployment.previous is None:
+        raise Conflict("There is no previous policy to go back to.", code="no_previous_policy")
+    deployment.live, deployment.previous = deployment.previous, deployment.live
+    await _announce(session, deployment)
+    return deployment
+
+
+async def _locked(session: AsyncSession) -> Deployment:
+    return (
+        await session.execute(select(Deployment).where(Deployment.id == 1).with_for_update())
+    ).scalar_one()
+
+
+async def _set_state(session: AsyncSession, name: str, state: str, reason: str | None) -> None:
+    policy = await session.get_one(Policy, name)
+    policy.state, policy.reason = state, reason
+
+
+async def _announce(session: AsyncSession, deployment: Deployment) -> None:
+    """PostgreSQL delivers the notice when the transaction commits, and not otherwise."""
+    deployment.changed_at = func.now()
+    await session.flush()
+    await session.refresh(deployment)
+    await session.execute(text(f"NOTIFY {CHANNEL}"))

@@ -1,0 +1,145 @@
+"""Makes every replica agree with the database: loads, verifies, swaps, unloads. Runs beside the requests.
+
+Every service process loads and verifies for itself (both can be repeated safely); only the leader, who holds a
+PostgreSQL advisory lock, decides on a challenger and unloads. Woken by channel `deployment`, else once a second.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from pathlib import Path
+
+import psycopg
+from sqlalchemy import URL
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from service import metrics, policies
+from service.errors import EngineUnavailable, PolicyRefused
+from service.fleet import Fleet, Replica
+from service.policies import BASE, CHANNEL, Manifest, Wanted
+
+log = logging.getLogger("ratchet.reconciler")
+
+POLL_SECONDS = 1.0
+RETRY_SECONDS = 30.0
+"""A wanted policy that a replica refused is tried again after this long (the disk may be back)."""
+LEADER_LOCK = 0x5A7C4E7
+OURS = re.compile(r"policy-\d{6}")
+"""Names that the reconciler may unload; the trainer loads others for its rollouts."""
+
+
+class Reconciler:
+    """One per service process. `run` never returns."""
+
+    def __init__(self, fleet: Fleet, sessions: async_sessionmaker[AsyncSession], url: URL) -> None:
+        self._fleet = fleet
+        self._sessions = sessions
+        self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._manifests: dict[str, Manifest] = {}
+        self._retry_at: dict[tuple[str, str], float] = {}
+
+    async def run(self) -> None:
+        """Reconcile for ever; a fault is logged and counted, and the next second tries again."""
+        while True:
+            try:
+                await self._run_connected()
+            except Exception as error:
+                metrics.RECONCILE_ERRORS.inc()
+                log.warning("reconciling failed, trying again: %s: %s", type(error).__name__, _line(error))
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def _run_connected(self) -> None:
+        """One connection both listens and holds the leader's lock, so that losing it loses both."""
+        async with await psycopg.AsyncConnection.connect(
+            self._conninfo, autocommit=True, connect_timeout=5
+        ) as connection:
+            await connection.execute(f"LISTEN {CHANNEL}")
+            leads = False
+            while True:
+                leads = leads or await _try_to_lead(connection)
+                await self.tick(leads)
+                async for _ in connection.notifies(timeout=POLL_SECONDS, stop_after=1):
+                    pass
+
+    async def tick(self, leads: bool) -> None:
+        """Look at every replica and bring it one step nearer to what the database wants."""
+        async with self._sessions() as session:
+            deployment, wanted = await policies.wanted(session)
+        metrics.show_live(deployment.live)
+        await asyncio.gather(*(self._agree(replica, wanted, leads) for replica in self._fleet.replicas))
+        if leads and deployment.challenger is not None:
+            await self._decide(deployment.challenger)
+
+    async def _agree(self, replica: Replica, wanted: list[Wanted], leads: bool) -> None:
+        """Load and verify what is missing on one replica; the leader also unloads what nobody wants."""
+        try:
+            held = await replica.look()
+            if leads:
+                await _unload_unwanted(replica, held, {BASE, *(policy.name for policy in wanted)})
+            for policy in wanted:
+                if policy.name not in replica.verified:
+                    await self._bring(replica, policy)
+        except EngineUnavailable as error:
+            if replica.healthy:
+                log.warning("replica %s is not healthy: %s", replica.engine.url, error.message)
+            replica.fail()
+
+    async def _bring(self, replica: Replica, policy: Wanted) -> None:
+        """Load and verify one policy on one replica, noting why it was refused."""
+        key = (replica.engine.url, policy.name)
+        if policy.name in replica.refused and time.monotonic() < self._retry_at[key]:
+            return
+        started = time.monotonic()
+        try:
+            manifest = await self._manifest(policy)
+            await replica.engine.load(policy.name, policy.path)
+            await replica.verify(policy.name, manifest)
+        except PolicyRefused as error:
+            log.error("%s refused on %s: %s", policy.name, replica.engine.url, error.message)
+            replica.refused[policy.name] = error.message
+            self._retry_at[key] = time.monotonic() + RETRY_SECONDS
+        else:
+            metrics.LOAD_SECONDS.observe(time.monotonic() - started)
+            log.info("%s loaded and verified on %s", policy.name, replica.engine.url)
+
+    async def _manifest(self, policy: Wanted) -> Manifest:
+        """The folder's manifest; its files are hashed once in a process, off the loop."""
+        if policy.name not in self._manifests:
+            path = Path(policy.path)
+            self._manifests[policy.name] = await asyncio.to_thread(policies.read_folder, policy.name, path)
+        return self._manifests[policy.name]
+
+    async def _decide(self, challenger: str) -> None:
+        """Swap once every healthy replica has verified the challenger; refuse it if one of them cannot."""
+        healthy = [replica for replica in self._fleet.replicas if replica.healthy]
+        reasons = [replica.refused[challenger] for replica in healthy if challenger in replica.refused]
+        if reasons:
+            async with self._sessions.begin() as session:
+                await policies.refuse(session, challenger, reasons[0])
+            metrics.SWAPS.labels("refused").inc()
+        elif healthy and all(challenger in replica.verified for replica in healthy):
+            async with self._sessions.begin() as session:
+                swapped = await policies.promote(session, challenger)
+            if swapped:
+                metrics.SWAPS.labels("promoted").inc()
+                metrics.show_live(challenger)
+                log.info("%s is live", challenger)
+
+
+async def _try_to_lead(connection: psycopg.AsyncConnection) -> bool:
+    row = await (await connection.execute("SELECT pg_try_advisory_lock(%s)", (LEADER_LOCK,))).fetchone()
+    return bool(row and row[0])
+
+
+async def _unload_unwanted(replica: Replica, held: frozenset[str], wanted: set[str]) -> None:
+    for name in sorted(held - wanted):
+        if OURS.fullmatch(name) and not replica.running[name]:
+            replica.verified.discard(name)  # first, so that nothing is routed to it any more
+            await replica.engine.unload(name)
+            log.info("%s unloaded from %s", name, replica.engine.url)
+
+
+def _line(error: Exception) -> str:
+    """The first line only: SQLAlchemy's second one would show values."""
+    return str(error).split("\n", 1)[0][:300]

@@ -1,0 +1,279 @@
+"""What requests and responses look like: OpenAI's shapes, plus what voting needs. No logic beyond validation."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from service.pairing import Mode
+
+ALIAS = "ratchet"
+ANONYMOUS = "anonymous"
+INT62 = 1 << 62
+
+
+def _storable(text: str) -> str:
+    """PostgreSQL holds no NUL; lone surrogates are refused by pydantic itself."""
+    if "\0" in text:
+        raise ValueError("must not hold NUL characters (\\u0000); remove them")
+    return text
+
+
+def _joined_text(content: object) -> object:
+    """OpenAI's list of text parts as one text; anything else that is no text is refused."""
+    if isinstance(content, str):
+        return content
+    wrong = "must be text, or a list of parts of type `text`; images, audio and files are not taken"
+    if not isinstance(content, list):
+        raise ValueError(wrong)
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(wrong)
+    return "".join(str(text) for text in texts)
+
+
+def _only_one(n: int) -> int:
+    if n != 1:
+        raise ValueError("must be 1; for two answers to vote on, set `comparison` to `always`")
+    return n
+
+
+Text = Annotated[str, AfterValidator(_storable)]
+Name = Annotated[Text, Field(min_length=1, max_length=200)]
+
+
+class TextPart(BaseModel):
+    """One part of a message's content."""
+
+    type: Literal["text"] = Field(description="Only text is taken.")
+    text: str = Field(description="The text.")
+
+
+class ChatMessage(BaseModel):
+    """One turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
+    content: Annotated[Text, BeforeValidator(_joined_text, json_schema_input_type=str | list[TextPart])] = (
+        Field(description="What is said: text, or text parts, which are joined.")
+    )
+
+
+class StreamOptions(BaseModel):
+    """How to stream."""
+
+    include_usage: bool = Field(False, description="Send a last chunk with `usage` and no choices.")
+
+
+class ChatRequest(BaseModel):
+    """OpenAI's request. Fields that are not named here are ignored, and listed in header `x-ratchet-ignored`."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": ALIAS,
+                    "messages": [{"role": "user", "content": "What colour is a lemon?"}],
+                    "comparison": "always",
+                }
+            ]
+        },
+    )
+
+    model: Text = Field(
+        ALIAS, description="`ratchet`, the policy that is live; or a policy's name from /v1/models."
+    )
+    messages: list[ChatMessage] = Field(
+        min_length=1, description="The conversation; the user's message is last."
+    )
+    comparison: Mode = Field(
+        "never", description="`always`: two replies to vote on. `auto`: sometimes two. `never`: one."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Longest reply, in tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of `max_tokens`.")
+    temperature: float | None = Field(
+        None, ge=0, le=2, allow_inf_nan=False, description="0 takes the likeliest token."
+    )
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="Nucleus sampling.")
+    stop: Annotated[Text, Field(min_length=1)] | list[Annotated[Text, Field(min_length=1)]] | None = Field(
+        None, description="Up to four texts that end the reply."
+    )
+    seed: int | None = Field(None, gt=-INT62, lt=INT62, description="Makes sampling repeatable.")
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, allow_inf_nan=False, description="Against tokens that already occurred."
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, allow_inf_nan=False, description="Against tokens by how often they occurred."
+    )
+    stream: bool | None = Field(
+        None, description="Send the reply as server-sent events while it is generated."
+    )
+    stream_options: StreamOptions | None = Field(None, description="How to stream.")
+    user: Name | None = Field(None, description="Who asks; a vote on the comparison must name the same user.")
+    n: Annotated[int, AfterValidator(_only_one)] | None = Field(None, description="Only 1.")
+
+
+class ComparisonTag(BaseModel):
+    """Marks an answer of two replies."""
+
+    id: str = Field(description="Vote on it with PUT /v1/comparisons/{id}/vote.", examples=["cmp-5f0c..."])
+
+
+class Usage(BaseModel):
+    """Tokens of a request. The prompt counts once, also in a comparison."""
+
+    prompt_tokens: int = Field(description="Tokens of the prompt.")
+    completion_tokens: int = Field(description="Tokens of all replies.")
+    total_tokens: int = Field(description="Both.")
+
+
+class ReplyMessage(BaseModel):
+    """What the policy says."""
+
+    role: Literal["assistant"] = Field("assistant", description="Always the assistant.")
+    content: str = Field(description="The reply.")
+
+
+class Choice(BaseModel):
+    """One reply. In a comparison, choice 0 is `first`, choice 1 `second`."""
+
+    index: int = Field(description="Position shown at.")
+    message: ReplyMessage = Field(description="The reply.")
+    finish_reason: str = Field(description="`stop` or `length`.")
+    logprobs: None = Field(None, description="Not offered.")
+    reply_id: str = Field(description="The stored reply.", examples=["chatcmpl-77ab..."])
+
+
+class Completion(BaseModel):
+    """OpenAI's `chat.completion`."""
+
+    id: str = Field(description="The reply's id; in a comparison, the comparison's.")
+    object: Literal["chat.completion"] = Field("chat.completion", description="OpenAI's type.")
+    created: int = Field(description="Unix time in seconds.")
+    model: str = Field(description="The policy that answered; in a comparison only `ratchet`.")
+    choices: list[Choice] = Field(description="One reply, or two in a comparison.")
+    usage: Usage = Field(description="Tokens used.")
+    comparison: ComparisonTag | None = Field(None, description="Only in a comparison.")
+
+
+class Delta(BaseModel):
+    """What a chunk adds to a reply."""
+
+    role: Literal["assistant"] | None = Field(None, description="In a reply's first chunk.")
+    content: str | None = Field(None, description="Text to append.")
+
+
+class ChunkChoice(BaseModel):
+    """A part of one reply."""
+
+    index: int = Field(description="Position shown at.")
+    delta: Delta = Field(description="What is new.")
+    finish_reason: str | None = Field(description="Null until the reply has ended.")
+    reply_id: str | None = Field(None, description="In a reply's first chunk: the stored reply.")
+
+
+class Chunk(BaseModel):
+    """OpenAI's `chat.completion.chunk`. Written without the fields that were not set."""
+
+    id: str = Field(description="As in `chat.completion`.")
+    object: str = Field(description="OpenAI's type.")
+    created: int = Field(description="Unix time in seconds.")
+    model: str = Field(description="As in `chat.completion`.")
+    choices: list[ChunkChoice] = Field(description="Empty in the chunk that carries `usage`.")
+    usage: Usage | None = Field(None, description="In the last chunk, where asked for; null before.")
+    comparison: ComparisonTag | None = Field(None, description="In the first chunk of a comparison.")
+
+
+class VoteRequest(BaseModel):
+    """A choice between the two replies of a comparison."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"choice": "first", "comment": "Warmer."}]})
+
+    choice: Literal["first", "second", "tie", "neither"] = Field(
+        description="The better reply, by position shown."
+    )
+    comment: Annotated[Text, Field(max_length=4000)] | None = Field(
+        None, description="Why, in the user's words."
+    )
+    tags: list[Annotated[Text, Field(min_length=1, max_length=64)]] = Field(
+        default_factory=list, max_length=16, description="Why, in a client's own labels."
+    )
+    user: Name | None = Field(None, description="The `user` of the chat request; needed where it named one.")
+
+
+class VoteAnswer(BaseModel):
+    """A stored vote, and what was hidden until now: which policies it was between."""
+
+    comparison_id: str = Field(description="The comparison.")
+    choice: str = Field(description="`first`, `second`, `tie` or `neither`.")
+    comment: str | None = Field(description="Why, in the user's words.")
+    tags: list[str] = Field(description="Why, in a client's own labels.")
+    policies: list[str] = Field(description="The policies, in the order shown.")
+    created_at: datetime = Field(description="When the vote was first given.")
+    updated_at: datetime = Field(description="When it last changed.")
+
+
+class Model(BaseModel):
+    """Something that can be asked by name."""
+
+    id: str = Field(description="To be given as `model`.")
+    object: Literal["model"] = Field("model", description="OpenAI's type.")
+    created: int = Field(description="Unix time in seconds.")
+    owned_by: str = Field("ratchet", description="Always `ratchet`.")
+
+
+class ModelList(BaseModel):
+    """OpenAI's list of models."""
+
+    object: Literal["list"] = Field("list", description="OpenAI's type.")
+    data: list[Model] = Field(description="The alias first, then the policies that are loaded.")
+
+
+class Status(BaseModel):
+    """How far the loop is, for the page's footer."""
+
+    live: str = Field(description="The policy that answers.")
+    votes: int = Field(description="Votes so far.")
+    cycles: int = Field(description="Cycles begun so far.")
+    cycle_stage: str | None = Field(description="Stage of the cycle that runs now; null where none does.")
+
+
+class PolicyView(BaseModel):
+    """A policy, for the operator."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    name: str = Field(description="Its name.")
+    parent: str | None = Field(description="The policy that it was trained from.")
+    cycle_id: int | None = Field(description="The cycle that made it; null for the base.")
+    state: str = Field(description="`published`, `verified`, `rejected` or `refused`.")
+    reason: str | None = Field(description="Why it was rejected or refused.")
+    manifest: dict[str, Any] = Field(description="What the trainer recorded of it.")
+    created_at: datetime = Field(description="When it was published.")
+
+
+class DeploymentView(BaseModel):
+    """The pointer, for the operator."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    live: str = Field(description="The policy that answers.")
+    challenger: str | None = Field(description="The policy on trial.")
+    previous: str | None = Field(description="The policy to fall back to.")
+    changed_at: datetime = Field(description="When the pointer last moved.")
+
+
+class CycleView(BaseModel):
+    """A cycle, for the operator."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int = Field(description="Its number.")
+    trigger: str = Field(description="`votes`, `clock` or `operator`.")
+    stage: str = Field(description="Where it is, or how it ended.")
+    reason: str | None = Field(description="Why it ended so, or what it waits for.")
+    snapshot_sha256: str | None = Field(description="The snapshot that it trains on.")
+    policy: str | None = Field(description="The policy that it made.")
+    metrics: dict[str, Any] = Field(description="Progress and results, by stage.")
+    created_at: datetime = Field(description="When it began.")
+    ended_at: datetime | None = Field(description="When it ended.")

@@ -1,0 +1,69 @@
+"""Answers that end early when the client goes away. Plain ASGI: `BaseHTTPMiddleware` would hide the disconnect."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+CLIENT_CLOSED = 499
+"""nginx's status for a client that did not wait; nobody receives it."""
+
+
+async def until_gone(receive: Receive, work: Coroutine[None, None, Response]) -> Response:
+    """The work's response; the work is cancelled if the client goes first. Call once the body has been read."""
+    task = asyncio.create_task(work)
+    await _first(task, receive)
+    if task.cancelled():
+        return Response(status_code=CLIENT_CLOSED)
+    return task.result()
+
+
+async def _first(task: asyncio.Task[Response] | asyncio.Task[None], receive: Receive) -> None:
+    """Wait for the task; cancel it when the client goes or the caller is cancelled. Returns once it has ended."""
+    gone = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+        await asyncio.wait({task, gone})
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events, each written at once. The generator is closed as soon as the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self._events = events
+        self.init_headers(headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.create_task(self._send_all(send))
+        await _first(task, receive)
+        if not task.cancelled():
+            task.result()
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def event(data: str) -> bytes:
+    """One server-sent event. `data` is one line."""
+    return f"data: {data}\n\n".encode()
