@@ -52,14 +52,20 @@ def _embedded_url(settings: Settings) -> URL:
 def sync_engine(settings: Settings) -> Engine:
     """Connections for the trainer and migrations. Lazy: does not connect yet."""
     return create_engine(
-        database_url(settings), pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_SECONDS}
+        database_url(settings),
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args={"connect_timeout": CONNECT_SECONDS},
     )
 
 
 def async_engine(settings: Settings) -> AsyncEngine:
     """Connections for the service. Lazy: does not connect yet."""
     return create_async_engine(
-        database_url(settings), pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_SECONDS}
+        database_url(settings),
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args={"connect_timeout": CONNECT_SECONDS},
     )
 
 

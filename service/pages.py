@@ -73,7 +73,7 @@ async def list_models(context: ContextDep) -> ModelList:
     names = context.fleet.policies()
     async with context.sessions() as session:
         rows = await session.execute(select(Policy.name, Policy.created_at).where(Policy.name.in_(names)))
-        created = {name: int(at.timestamp()) for name, at in rows.tuples()}
+        created = {row.name: int(row.created_at.timestamp()) for row in rows}
     newest = max(created.values(), default=0)
     return ModelList(
         data=[

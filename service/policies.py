@@ -104,9 +104,8 @@ async def wanted(session: AsyncSession) -> tuple[Deployment, list[Wanted]]:
     deployment = await read_deployment(session)
     names = [deployment.live, deployment.previous, deployment.challenger]
     order = [name for name in dict.fromkeys(names) if name is not None and name != BASE]
-    paths = dict(
-        (await session.execute(select(Policy.name, Policy.path).where(Policy.name.in_(order)))).tuples().all()
-    )
+    rows = await session.execute(select(Policy.name, Policy.path).where(Policy.name.in_(order)))
+    paths = {row.name: row.path for row in rows}
     return deployment, [Wanted(name, paths[name]) for name in order]
 
 

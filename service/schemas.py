@@ -13,9 +13,13 @@ INT62 = 1 << 62
 
 
 def _storable(text: str) -> str:
-    """PostgreSQL holds no NUL; lone surrogates are refused by pydantic itself."""
+    """PostgreSQL holds neither NUL nor half a character."""
     if "\0" in text:
         raise ValueError("must not hold NUL characters (\\u0000); remove them")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must not hold lone surrogates (\\ud800 to \\udfff); remove them") from None
     return text
 
 

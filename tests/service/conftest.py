@@ -1,0 +1,126 @@
+"""What tests of the service share: the service on a port of its own, real engines, and rows to look at."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+import uvicorn
+from sqlalchemy.orm import Session
+
+from service import database as db
+from service.app import Connect, create_app
+from service.policies import BASE, ensure_base
+from service.settings import Settings
+from tests.engine import running_engine
+from tests.service.fake_engine import FakeEngine
+from tests.tiny_model import make_model
+
+Serve = Callable[..., httpx.Client]
+Rows = Callable[..., list[tuple[Any, ...]]]
+
+
+@pytest.fixture
+def prepared(database: Settings) -> Settings:
+    """Settings of a database in which the base is live."""
+    engine = db.sync_engine(database)
+    with Session(engine) as session:
+        ensure_base(session, "base")
+        session.commit()
+    engine.dispose()
+    return database
+
+
+@pytest.fixture
+def rows(database: Settings) -> Rows:
+    """Ask the database, past the service."""
+    url = db.database_url(database).set(drivername="postgresql").render_as_string(hide_password=False)
+
+    def ask(query: str, *values: object) -> list[tuple[Any, ...]]:
+        with psycopg.connect(url, autocommit=True) as connection:
+            cursor = connection.execute(query.encode(), values)
+            return cursor.fetchall() if cursor.description else []
+
+    return ask
+
+
+@pytest.fixture
+def serve(prepared: Settings) -> Iterator[Serve]:
+    """Start the service under uvicorn; gives a client. `serve(engine, ...)` uses fakes, `serve(url=...)` a vLLM."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*fakes: FakeEngine, url: str = "", ready: bool = True, **changes: object) -> httpx.Client:
+            settings = prepared.model_copy(update={"engine_urls": (url,), **changes})
+            connect: Connect | None = (lambda *_: list(fakes)) if fakes else None
+            address = stack.enter_context(_running(settings, connect))
+            client = stack.enter_context(httpx.Client(base_url=address, timeout=60))
+            if ready:
+                wait_until(lambda: client.get("/readyz").status_code == 200)
+            return client
+
+        yield start
+
+
+@contextlib.contextmanager
+def _running(settings: Settings, connect: Connect | None) -> Iterator[str]:
+    config = uvicorn.Config(
+        create_app(settings, connect), port=0, log_level="warning", timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    """Look ten times a second. Raises AssertionError when the time is over."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not become true in time"
+        time.sleep(0.05)
+
+
+def chunks(response: httpx.Response) -> list[dict[str, Any]]:
+    """The events of a stream that was read to its end, without [DONE]."""
+    data = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+    return [json.loads(item) for item in data if item != "[DONE]"]
+
+
+def ask(text: str = "hi", **fields: object) -> dict[str, Any]:
+    """A chat request."""
+    return {"model": "ratchet", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def publish(rows: Rows, name: str, path: str | Path, parent: str = BASE) -> None:
+    """What the trainer does with a new policy: its row, and the pointer's challenger."""
+    rows(
+        "INSERT INTO policies (name, parent, path, state, manifest) VALUES (%s, %s, %s, 'published', '{}')",
+        name,
+        parent,
+        str(path),
+    )
+    rows("UPDATE deployment SET challenger = %s", name)
+    rows("NOTIFY deployment")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def vllm(tiny_model: Path) -> Iterator[str]:
+    """The address of one real vLLM, started once in a run."""
+    with running_engine(tiny_model, tiny_model.parent / "engine.log") as url:
+        yield url

@@ -1,0 +1,87 @@
+"""An engine that does as it is told: for faults that a real vLLM cannot be made to have on demand."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from service.engine import Message, Models, Piece, Sampling
+from service.errors import EngineGone, EngineUnavailable, PolicyNotLoaded, PolicyRefused
+from service.policies import BASE
+
+
+@dataclass
+class FakeEngine:
+    """Implements `service.engine.Engine`. Says `replies[index]`, a word a piece."""
+
+    url: str = "fake"
+    replies: tuple[str, ...] = ("one two", "three four")
+    held: set[str] = field(default_factory=lambda: {BASE})
+    alive: bool = True
+    model: str | None = None
+    """Names itself so, instead of as the policy asked for."""
+    breaks_after: int | None = None
+    """Goes away after so many pieces."""
+    pause_seconds: float = 0.0
+    """Between pieces."""
+    logprobs: dict[str, float] = field(default_factory=dict)
+    """What every token of a policy scores."""
+    cannot_load: set[str] = field(default_factory=set)
+    asked: list[tuple[str, list[Message], Sampling, int]] = field(default_factory=list)
+    aborted: int = 0
+
+    @asynccontextmanager
+    async def generate(
+        self, policy: str, messages: list[Message], sampling: Sampling, count: int
+    ) -> AsyncIterator[AsyncIterator[Piece]]:
+        self._check_alive()
+        if policy not in self.held:
+            raise PolicyNotLoaded(f"{policy} is not loaded")
+        self.asked.append((policy, messages, sampling, count))
+        whole = False
+
+        async def pieces() -> AsyncIterator[Piece]:
+            nonlocal whole
+            for number, piece in enumerate(self._plan(self.model or policy, count)):
+                if number == self.breaks_after:
+                    raise EngineUnavailable("The engine went away.")
+                await asyncio.sleep(self.pause_seconds)
+                yield piece
+            whole = True
+
+        try:
+            yield pieces()
+        finally:
+            self.aborted += not whole
+
+    def _plan(self, model: str, count: int) -> list[Piece]:
+        plan = []
+        for index in range(count):
+            words = self.replies[index].split(" ")
+            for number, word in enumerate(words, start=1):
+                last = number == len(words)
+                plan.append(Piece(index, word + " " * (not last), "stop" if last else None, 7, number, model))
+        return plan
+
+    async def models(self) -> Models:
+        self._check_alive()
+        return Models(frozenset(self.held), 512)
+
+    async def complete_one(self, policy: str) -> None:
+        self._check_alive()
+
+    async def load(self, policy: str, path: str) -> None:
+        self._check_alive()
+        if policy in self.cannot_load:
+            raise PolicyRefused("the engine could not load it")
+        self.held.add(policy)
+
+    async def unload(self, policy: str) -> None:
+        self.held.discard(policy)
+
+    async def logprob(self, policy: str, prefix: list[int], token: int) -> float:
+        return self.logprobs.get(policy, -1.0)
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise EngineGone("The engine did not answer.")

@@ -1,0 +1,73 @@
+"""What holds for every path: the shape of errors, readiness, the page's headers, no torch."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import Rows, Serve
+
+from tests.service.fake_engine import FakeEngine
+
+
+def test_the_service_imports_neither_torch_nor_vllm_nor_the_trainer() -> None:
+    script = "import sys, service.__main__; print([m for m in ('torch', 'vllm', 'transformers', 'trainer') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.database
+def test_paths_and_methods_that_do_not_exist_get_openais_error(serve: Serve) -> None:
+    client = serve(FakeEngine())
+    for method, path, status in [("GET", "/v1/nope", 404), ("GET", "/v1/chat/completions", 405)]:
+        answer = client.request(method, path)
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.database
+def test_it_is_ready_only_while_the_engine_generates(serve: Serve) -> None:
+    engine = FakeEngine()
+    client = serve(engine)
+    assert client.get("/readyz").json() == {"status": "ready", "live": "policy-000000"}
+    engine.alive = False
+    assert client.get("/readyz").status_code == 503
+    assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.database
+def test_the_models_are_the_alias_and_what_is_loaded(serve: Serve) -> None:
+    models = serve(FakeEngine()).get("/v1/models").json()
+    assert [model["id"] for model in models["data"]] == ["ratchet", "policy-000000"]
+
+
+@pytest.mark.database
+def test_the_page_takes_nothing_from_other_hosts(serve: Serve) -> None:
+    client = serve(FakeEngine())
+    page = client.get("/")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "unsafe" not in page.headers["content-security-policy"]
+    for path in ("/web/page.js", "/web/api.js", "/web/style.css", "/web/icon.svg"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert "innerHTML" not in answer.text
+
+
+@pytest.mark.database
+def test_every_field_of_the_api_is_described(serve: Serve) -> None:
+    schemas = serve(FakeEngine()).get("/openapi.json").json()["components"]["schemas"]
+    ours = {name: schema for name, schema in schemas.items() if "Validation" not in name}
+    bare = [
+        f"{name}.{field}"
+        for name, schema in ours.items()
+        for field, value in schema.get("properties", {}).items()
+        if "description" not in value
+    ]
+    assert bare == []
+
+
+@pytest.mark.database
+def test_a_database_that_is_gone_is_a_503_that_says_so(serve: Serve, rows: Rows) -> None:
+    client = serve(FakeEngine())
+    rows("ALTER TABLE deployment RENAME TO gone")
+    answer = client.get("/v1/status")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")

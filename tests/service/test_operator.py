@@ -1,0 +1,66 @@
+"""The operator's API."""
+
+import pytest
+from conftest import Rows, Serve
+from fastapi import Request
+
+from service.errors import Forbidden
+from service.operator import from_this_machine
+from tests.service.fake_engine import FakeEngine
+
+
+def request(client: str, host: str, origin: str | None = None) -> Request:
+    headers = {"host": host} | ({"origin": origin} if origin else {})
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    return Request({"type": "http", "headers": raw, "client": (client, 5)})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "[::1]:8000"])
+def test_this_machine_may(host: str) -> None:
+    from_this_machine(request("127.0.0.1", host))
+    from_this_machine(request("::1", host, f"http://{host}"))
+
+
+@pytest.mark.parametrize(
+    ("client", "host", "origin"),
+    [
+        ("192.168.1.7", "127.0.0.1", None),
+        ("127.0.0.1", "evil.example:8000", None),  # a name that was pointed at loopback
+        ("127.0.0.1", "localhost:8000", "http://evil.example"),
+        ("127.0.0.1", "localhost:8000", "null"),
+    ],
+)
+def test_others_may_not(client: str, host: str, origin: str | None) -> None:
+    with pytest.raises(Forbidden):
+        from_this_machine(request(client, host, origin))
+
+
+@pytest.mark.database
+def test_a_cycle_is_asked_for_once_and_can_be_watched(serve: Serve, rows: Rows) -> None:
+    client = serve(FakeEngine())
+    asked = client.post("/operator/cycles")
+    assert (asked.status_code, asked.json()["trigger"], asked.json()["stage"]) == (
+        201,
+        "operator",
+        "requested",
+    )
+    assert client.post("/operator/cycles").status_code == 409
+    assert client.get("/v1/status").json() | {"live": ""} == {
+        "live": "",
+        "votes": 0,
+        "cycles": 1,
+        "cycle_stage": "requested",
+    }
+    rows("UPDATE cycles SET stage = 'rejected', ended_at = now()")
+    assert client.get(f"/operator/cycles/{asked.json()['id']}").json()["stage"] == "rejected"
+    assert client.post("/operator/cycles").status_code == 201
+    assert len(client.get("/operator/cycles").json()) == 2
+    assert client.get("/operator/cycles/99").status_code == 404
+
+
+@pytest.mark.database
+def test_there_is_nothing_to_roll_back_to_at_first(serve: Serve) -> None:
+    client = serve(FakeEngine())
+    assert client.post("/operator/rollback").json()["error"]["code"] == "no_previous_policy"
+    assert client.get("/operator/deployment").json()["live"] == "policy-000000"
+    assert [policy["name"] for policy in client.get("/operator/policies").json()] == ["policy-000000"]
