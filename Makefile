@@ -1,0 +1,42 @@
+# The commands of Ratchet; `make help` lists them. Everything is installed from the locks in requirements/,
+# into .venv; the build for NVIDIA GPUs, where there is one, into .venv-gpu. Tests always use the CPU build.
+
+BUILD := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+VENV := $(if $(filter gpu,$(BUILD)),.venv-gpu,.venv)
+PYTHON := .venv/bin/python
+LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock" pyproject.toml
+LOCK_CPU := $(LOCK) requirements/needs.in --overrides requirements/overrides.txt --extra cpu
+
+.PHONY: help up demo test check clean lock
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+up: ## set everything up and run it on http://127.0.0.1:8000, until Ctrl-C
+	@sh deploy/setup.sh $(BUILD)
+	@exec $(VENV)/bin/python -m service.cli up
+
+demo: ## simulated users chat and vote, and the terminal shows the loop learn
+	@sh deploy/setup.sh $(BUILD)
+	@exec $(VENV)/bin/python -m trainer.simulate
+
+test: ## set everything up and run all tests: real PostgreSQL, vLLM and browser
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m pytest
+
+check: ## formatting, lint, types and the quick tests
+	@sh deploy/setup.sh test
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m mypy
+	@$(PYTHON) -m pytest -q -m "not database and not engine and not browser"
+
+clean: ## remove what was installed and cached; the state folder stays
+	rm -rf .venv .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+lock: ## renew the pinned versions in requirements/ (needs uv)
+	$(LOCK_CPU) --output-file requirements/cpu.txt
+	$(LOCK_CPU) --extra test --output-file requirements/test.txt --constraints requirements/cpu.txt
+	$(LOCK) --extra gpu --output-file requirements/gpu.txt

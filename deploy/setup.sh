@@ -1,0 +1,97 @@
+#!/bin/sh
+# Makes or refreshes the virtual environment, from the clone's root: `deploy/setup.sh cpu|gpu|test`.
+#
+# What is installed is exactly what the lock file in requirements/ names, by hash. torch on the CPU is a step of its
+# own: its CPU builds lie on an index of their own, and where that cannot be reached any index or folder that
+# pip is told of will do. A stamp named after the lock lets the next start skip all this.
+set -eu
+
+kind=$1
+venv=.venv
+[ "$kind" = gpu ] && venv=.venv-gpu
+lock=requirements/$kind.txt
+log=$venv/setup.log
+torch=2.13.0
+
+key=$(cat "$lock" pyproject.toml deploy/setup.sh | { cat; pwd; } | sha256sum | cut -c1-16)
+stamp=$venv/.installed-$kind-$key
+
+fail() {
+    echo "$1" >&2
+    exit 1
+}
+
+# The first Python that vLLM has wheels for.
+find_python() {
+    for name in python3 python3.14 python3.13 python3.12 python3.11; do
+        if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    fail "Ratchet needs Python 3.11 to 3.14 as python3; this machine has $(python3 --version 2>&1 || echo none)."
+}
+
+# step TITLE COMMAND...: one line with its time, and while pip works on a terminal, a bar of packages.
+step() {
+    title=$1
+    shift
+    began=$(date +%s)
+    echo "== $title" >>"$log"
+    "$@" >>"$log" 2>&1 &
+    child=$!
+    while [ -t 1 ] && kill -0 "$child" 2>/dev/null; do
+        show_progress
+        sleep 1
+    done
+    if ! wait "$child"; then
+        printf '\r\033[K' >&2
+        tail -n 15 "$log" >&2
+        fail "$title: failed. All of it is in $log."
+    fi
+    [ -t 1 ] && printf '\r\033[K'
+    printf '  %-28s %4d s\n' "$title" $(($(date +%s) - began))
+}
+
+show_progress() {
+    total=$(grep -c '==' "$lock")
+    seen=$(sed -n "/^== $title/,\$p" "$log" | grep -c '^Collecting ' || true)
+    filled=$((seen * 30 / total))
+    printf '\r  %-28s %4d s  [%-30s] %d/%d ' "$title" $(($(date +%s) - began)) \
+        "$(printf '%*s' "$filled" '' | tr ' ' '#')" "$seen" "$total"
+}
+
+# A browser for the tests: the machine's own, else Playwright's, else the distribution's where we may install it.
+find_browser() {
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        command -v "$name" >/dev/null && return
+    done
+    echo "  no Chromium on this machine: fetching one"
+    "$venv/bin/playwright" install chromium >>"$log" 2>&1 && return
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y chromium; } >>"$log" 2>&1 && return
+    fi
+    fail "The tests need Chromium, and it cannot be fetched here: install chromium, then make test. See $log."
+}
+
+if [ -e "$stamp" ]; then
+    exit 0
+fi
+python=$(find_python)
+if [ ! -x "$venv/bin/pip" ]; then
+    rm -rf "$venv"
+    "$python" -m venv "$venv" >/dev/null 2>&1 ||
+        fail "$python -m venv does not work here; on Debian and Ubuntu: apt-get install python3-venv"
+fi
+echo "Setting up $venv from $lock (several minutes the first time)"
+rm -f "$venv"/.installed-"$kind"-*
+pip="$venv/bin/pip --disable-pip-version-check --no-input"
+: >"$log"
+if [ "$kind" != gpu ]; then
+    step "torch $torch, CPU build" $pip install --no-deps --retries 1 \
+        --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
+fi
+step "packages of $lock" $pip install --no-deps --progress-bar off -r "$lock"
+step "ratchet" $pip install --no-deps --no-build-isolation --editable .
+[ "$kind" = test ] && find_browser
+touch "$stamp"
