@@ -1,1 +1,1 @@
-"""What a request reaches: the chat API, votes, the operator's API, the pages. Imports neither torch nor vllm."""
+"""What a request reaches: chat, votes, the operator's API, the pages. Imports neither torch nor vllm."""

@@ -1,4 +1,4 @@
-"""The FastAPI application: what runs beside the requests, the one error handler, and the routers. READ FIRST."""
+"""The FastAPI application: what runs beside requests, the one error handler, the routers. READ FIRST."""
 
 import asyncio
 import logging
@@ -112,7 +112,7 @@ def _shaped(error: Exception) -> tuple[RatchetError, int, dict[str, str]]:
 
 
 def _validation_error(error: RequestValidationError) -> BadRequest:
-    """The first thing that is wrong, named by its path. Never shows the value: it may be a message's content."""
+    """The first thing that is wrong, named by its path. Never shows the value: it may be private."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return BadRequest("The body is not JSON.", code="invalid_json")

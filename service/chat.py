@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: checks a request, and writes its generation in OpenAI's shape, streamed or whole."""
+"""`POST /v1/chat/completions`: checks a request, writes its generation in OpenAI's shape."""
 
 import logging
 import re
@@ -110,7 +110,7 @@ def _sampling(body: ChatRequest, context: Context) -> Sampling:
 
 
 def _pairing(body: ChatRequest, sampling: Sampling, rate: float) -> Pairing | None:
-    """Whether to show two. Only the alias is compared, and only where sampling can give two different replies."""
+    """Whether to show two. Only the alias is compared, and only where two replies can differ."""
     able = body.model == ALIAS and sampling.temperature > 0
     if body.comparison == "always" and not able:
         raise BadRequest(
@@ -162,7 +162,7 @@ class Answer:
         return completion.model_dump_json(exclude=None if self._comparison else {"comparison"})
 
     async def events(self, stack: AsyncExitStack) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events; a fault is the last event, with no [DONE]. Closes `stack` at the end."""
+        """The answer as server-sent events; a fault is the last one, with no [DONE]. Ends `stack`."""
         try:
             async with stack:
                 for position in range(self._generation.count):
@@ -201,7 +201,7 @@ class Answer:
         usage: Usage | None = None,
         comparison: ComparisonTag | None = None,
     ) -> bytes:
-        """A chunk without the fields that do not apply; `usage` is there, as null too, where it was asked for."""
+        """A chunk without the fields that do not apply; `usage` is there, or null, where it was asked for."""
         chunk = Chunk(
             id=self._generation.stored.id,
             object="chat.completion.chunk",
@@ -237,5 +237,5 @@ class ErrorEvent(BaseModel):
 
 
 def _json(model: BaseModel) -> str:
-    """One line, without the fields that were not set (OpenAI leaves them out, but needs `finish_reason: null`)."""
+    """One line, without what was not set (OpenAI leaves fields out, but needs `finish_reason: null`)."""
     return model.model_dump_json(exclude_unset=True)

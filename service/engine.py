@@ -1,6 +1,6 @@
 """The only door to vLLM. Speaks its HTTP API; knows nothing of users, comparisons or the database.
 
-A request body is built anew from the fields named here, so nothing that a client sends reaches the engine unseen.
+A request body is built anew from the fields named here, so nothing that a client sends gets there unseen.
 Used by `fleet.py` (health, loading, probing) and `chat.py` (generation).
 """
 
@@ -67,14 +67,14 @@ class Models:
 
 
 class Engine(Protocol):
-    """One replica, as the rest of the service sees it. Every method raises EngineUnavailable where it fails."""
+    """One replica, as the rest of the service sees it. Methods raise EngineUnavailable where they fail."""
 
     url: str
 
     def generate(
         self, policy: str, messages: list[Message], sampling: Sampling, count: int
     ) -> AbstractAsyncContextManager[AsyncIterator[Piece]]:
-        """Entering: the engine took the request (else BadRequest, PolicyNotLoaded). Leaving aborts what still runs."""
+        """Entered: the engine took the request (else BadRequest, PolicyNotLoaded). Leaving aborts it."""
 
     async def models(self) -> Models:
         """The base and the adapters that it can answer with."""
@@ -118,7 +118,7 @@ class VllmEngine:
                 raise _refusal(response.status, _message_of(await response.text()), policy)
             yield _pieces(response.content)
         finally:
-            response.close()  # a no-op once read to the end; before that, vLLM sees it and aborts the generation
+            response.close()  # before the end: vLLM sees it and aborts the generation
 
     async def _open(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
@@ -150,9 +150,9 @@ class VllmEngine:
         await self._send("POST", "/v1/unload_lora_adapter", {"lora_name": policy}, CONTROL_SECONDS)
 
     async def logprob(self, policy: str, prefix: list[int], token: int) -> float:
-        # Not `prompt_logprobs`: with an adapter it ends the whole engine in vLLM's CPU build, and leaves lm_head's
-        # adapter out on GPUs (vLLM issues 16668 and 51594). `allowed_token_ids` forces the token; the log-probability
-        # that comes back is the model's own, from before that mask.
+        # Not `prompt_logprobs`: with an adapter it ends the whole engine in vLLM's CPU build, and leaves out
+        # lm_head's adapter on GPUs (vLLM issues 16668 and 51594). `allowed_token_ids` forces the token; the
+        # log-probability that comes back is the model's own, from before that mask.
         body = {
             "model": policy,
             "prompt": prefix,
@@ -189,7 +189,7 @@ def _gone(error: Exception) -> EngineGone:
 
 
 async def _pieces(lines: aiohttp.StreamReader) -> AsyncIterator[Piece]:
-    """The chunks of one SSE stream. Raises EngineUnavailable for an error event, an abort, or an early end."""
+    """The chunks of one SSE stream. Raises EngineUnavailable for an error, an abort, an early end."""
     async for line in _whole_lines(lines):
         if not line.startswith(b"data:"):
             continue

@@ -49,7 +49,7 @@ class Replica:
         metrics.REPLICA_HEALTHY.labels(self.engine.url).set(0)
 
     async def look(self) -> frozenset[str]:
-        """Bring health and the verified policies up to date; what the engine holds. Raises EngineUnavailable."""
+        """Bring health and verified policies up to date; what the engine holds. Raises EngineUnavailable."""
         models = await self.engine.models()
         self.context_tokens = models.context_tokens
         self.verified &= models.names  # an adapter that is gone: the engine restarted
@@ -62,7 +62,7 @@ class Replica:
         return models.names
 
     async def verify(self, policy: str, manifest: Manifest) -> None:
-        """Accept a loaded policy if the engine reproduces its probe. Raises PolicyRefused, EngineUnavailable."""
+        """Accept a loaded policy that reproduces its probe. Raises PolicyRefused, EngineUnavailable."""
         gap = await self.probe_gap(policy, manifest)
         metrics.PROBE_GAP.labels(policy).set(gap)
         if not gap <= manifest.probe_tolerance:  # also for NaN

@@ -1,6 +1,6 @@
 """One request being answered: routed, generated and stored, whichever way it ends. Knows nothing of HTTP.
 
-A reply is answered by exactly one policy, named when it begins. No database session is held while it generates.
+A reply is answered by exactly one policy, named when it begins. No database session is held meanwhile.
 """
 
 import asyncio
@@ -96,7 +96,7 @@ class Generation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Store what there is of replies that did not end; also when the client's going cancelled the request."""
+        """Store what there is of replies that did not end; also when the client went away."""
         metrics.REPLY_SECONDS.observe(time.monotonic() - self._started)
         reason = "error" if isinstance(error, Exception) else "abort"
         open_voices = [voice for voice in self.voices if voice.finish_reason is None]
@@ -104,7 +104,7 @@ class Generation:
             await asyncio.shield(asyncio.gather(*(self._end(voice, reason) for voice in open_voices)))
 
     async def begin(self, stack: AsyncExitStack) -> None:
-        """Open the engine's stream (closed with `stack`), then commit the rows; the engine works meanwhile."""
+        """Open the engine's stream (closed with `stack`), then commit the rows while it works."""
         async with self._in_time():
             await self._open(stack)
         asked = self.asked

@@ -1,4 +1,4 @@
-"""Every metric of the service, for Prometheus at `/metrics`. Names begin with `ratchet_`; units are in the names."""
+"""Every metric of the service, for Prometheus at `/metrics`. Names begin with `ratchet_` and hold units."""
 
 from prometheus_client import Counter, Gauge, Histogram
 

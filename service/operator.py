@@ -1,4 +1,4 @@
-"""`/operator/...`: policies, the pointer and cycles, for whoever runs Ratchet. Reached from this machine only."""
+"""`/operator/...`: policies, the pointer and cycles, for whoever runs Ratchet. From this machine only."""
 
 from ipaddress import ip_address
 from urllib.parse import urlsplit

@@ -1,4 +1,4 @@
-"""The page at `/`, what it is made of, and what tells others how the service is: health, metrics, status, models."""
+"""The page at `/`, what it is made of, and how the service is: health, metrics, status, models."""
 
 import asyncio
 from pathlib import Path

@@ -47,7 +47,7 @@ class Wanted:
 
 
 def read_folder(name: str, path: Path) -> Manifest:
-    """The manifest of a whole, unharmed policy folder. Raises PolicyRefused. Reads every file: call off the loop."""
+    """The manifest of a whole, unharmed policy folder. Raises PolicyRefused. Reads it all: not on the loop."""
     if not (path / "READY").exists():
         raise PolicyRefused("its folder holds no READY: it was not written to the end")
     try:
@@ -100,7 +100,7 @@ async def read_deployment(session: AsyncSession) -> Deployment:
 
 
 async def wanted(session: AsyncSession) -> tuple[Deployment, list[Wanted]]:
-    """The pointer, and what it needs loaded: live first, then previous, then challenger; the base is always there."""
+    """The pointer, and what it needs loaded: live, previous, challenger; the base is always there."""
     deployment = await read_deployment(session)
     names = [deployment.live, deployment.previous, deployment.challenger]
     order = [name for name in dict.fromkeys(names) if name is not None and name != BASE]
@@ -110,7 +110,7 @@ async def wanted(session: AsyncSession) -> tuple[Deployment, list[Wanted]]:
 
 
 async def promote(session: AsyncSession, name: str) -> bool:
-    """The swap: live becomes previous and the verified challenger live. False where it is no challenger any more."""
+    """The swap: live becomes previous, the verified challenger live. False where it is challenger no more."""
     deployment = await _locked(session)
     if deployment.challenger != name:
         return False
@@ -121,7 +121,7 @@ async def promote(session: AsyncSession, name: str) -> bool:
 
 
 async def refuse(session: AsyncSession, name: str, reason: str) -> bool:
-    """End a challenger that failed a check; live stays untouched. False where it is no challenger any more."""
+    """End a challenger that failed a check; live stays untouched. False where it is challenger no more."""
     deployment = await _locked(session)
     if deployment.challenger != name:
         return False

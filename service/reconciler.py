@@ -1,7 +1,8 @@
 """Makes every replica agree with the database: loads, verifies, swaps, unloads. Runs beside the requests.
 
-Every service process loads and verifies for itself (both can be repeated safely); only the leader, who holds a
-PostgreSQL advisory lock, decides on a challenger and unloads. Woken by channel `deployment`, else once a second.
+Every service process loads and verifies for itself (both can be repeated safely); only the leader, who holds
+a PostgreSQL advisory lock, decides on a challenger and unloads. Woken by channel `deployment`, else once a
+second.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Stores prompts, replies and comparisons. Every function is one short transaction, committed when it returns.
+"""Stores prompts, replies and comparisons. Each function is one short transaction, committed on return.
 
 Used by `chat.py`: `begin` before a reply's id leaves the service, `end` before its last chunk does.
 """

@@ -1,4 +1,4 @@
-"""What requests and responses look like: OpenAI's shapes, plus what voting needs. No logic beyond validation."""
+"""What requests and responses look like: OpenAI's shapes, plus what voting needs. Validation only."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -69,7 +69,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """OpenAI's request. Fields that are not named here are ignored, and listed in header `x-ratchet-ignored`."""
+    """OpenAI's request. Fields not named here are ignored, and listed in header `x-ratchet-ignored`."""
 
     model_config = ConfigDict(
         extra="allow",

@@ -14,27 +14,29 @@ from service.errors import SettingsError
 
 
 class Settings(BaseSettings):
-    """Frozen. A name that starts with `RATCHET_` and is not a field here is refused, so that typos are seen."""
+    """Frozen. A name that starts with `RATCHET_` and is no field here is refused, so that typos are seen."""
 
-    model_config = SettingsConfigDict(env_prefix="RATCHET_", frozen=True, extra="forbid", populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="RATCHET_", frozen=True, extra="forbid", populate_by_name=True
+    )
 
     # --- where things are
     state: Path = Path("state")
-    """Folder of all state: database, starter model, policies, cycles, logs. A second start continues with it."""
+    """Folder of all state: database, starter model, policies, cycles, logs. The next start goes on with it."""
     host: str = "127.0.0.1"
     """Address that the service listens on."""
     port: int = Field(8000, ge=1, le=65535)
     """Port that the service listens on."""
     database_url: SecretStr | None = Field(None, validation_alias="DATABASE_URL")
-    """`postgresql://user:password@host:port/name`. Unset: PostgreSQL is embedded, its files in the state folder."""
+    """`postgresql://user:password@host:port/name`. Unset: PostgreSQL is embedded in the state folder."""
     database_port: int = Field(8432, ge=1, le=65535)
     """Port of the embedded PostgreSQL, on loopback. Unused where `DATABASE_URL` is set."""
 
     # --- the engine
     model: str = "starter"
-    """`starter` (made on this machine), or a Hugging Face id or folder of a causal LM with a chat template."""
+    """`starter` (made on this machine), or a Hugging Face id or folder: a causal LM with a chat template."""
     engine_urls: tuple[str, ...] = ()
-    """Addresses of running vLLM replicas, as a JSON list. Empty: `make up` starts one on `RATCHET_ENGINE_PORT`."""
+    """Addresses of vLLM replicas, a JSON list. Empty: `make up` starts one on `RATCHET_ENGINE_PORT`."""
     engine_port: int = Field(8001, ge=1, le=65535)
     """Port of the engine that `make up` starts, on loopback."""
     engine_max_adapters: int = Field(4, ge=3)

@@ -1,4 +1,4 @@
-"""Answers that end early when the client goes away. Plain ASGI: `BaseHTTPMiddleware` would hide the disconnect."""
+"""Answers that end early when the client goes away. Plain ASGI: `BaseHTTPMiddleware` hides disconnects."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
@@ -12,7 +12,7 @@ CLIENT_CLOSED = 499
 
 
 async def until_gone(receive: Receive, work: Coroutine[None, None, Response]) -> Response:
-    """The work's response; the work is cancelled if the client goes first. Call once the body has been read."""
+    """The work's response; it is cancelled if the client goes first. Call once the body has been read."""
     task = asyncio.create_task(work)
     await _first(task, receive)
     if task.cancelled():
@@ -21,7 +21,7 @@ async def until_gone(receive: Receive, work: Coroutine[None, None, Response]) ->
 
 
 async def _first(task: asyncio.Task[Response] | asyncio.Task[None], receive: Receive) -> None:
-    """Wait for the task; cancel it when the client goes or the caller is cancelled. Returns once it has ended."""
+    """Wait for the task; cancel it when the client goes or the caller is cancelled. It has ended after."""
     gone = asyncio.create_task(_disconnect(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

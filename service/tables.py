@@ -25,7 +25,17 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 CHOICES = ("first", "second", "tie", "neither")
-CYCLE_STAGES = ("requested", "snapshot", "reward_model", "ppo", "gate", "swap", "promoted", "rejected", "failed")
+CYCLE_STAGES = (
+    "requested",
+    "snapshot",
+    "reward_model",
+    "ppo",
+    "gate",
+    "swap",
+    "promoted",
+    "rejected",
+    "failed",
+)
 POLICY_STATES = ("published", "verified", "rejected", "refused")
 
 
@@ -81,7 +91,7 @@ class Prompt(Table):
 
 
 class Policy(Table):
-    """An immutable set of weights. `policy-000000` is the base model itself; names and paths are never reused."""
+    """An immutable set of weights. `policy-000000` is the base itself; names and paths are never reused."""
 
     __tablename__ = "policies"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -99,7 +109,7 @@ class Policy(Table):
 
 
 class Deployment(Table):
-    """The pointer: one row. Flipping `live` is the swap. Every change is announced on channel `deployment`."""
+    """The pointer: one row. Flipping `live` is the swap. Changes are announced on channel `deployment`."""
 
     __tablename__ = "deployment"
     id: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
@@ -111,7 +121,7 @@ class Deployment(Table):
 
 
 class Reply(Table):
-    """One complete answer from one policy, with its sampling settings. Stored before its id leaves the service."""
+    """One complete answer from one policy, with its sampling settings. Stored before its id leaves."""
 
     __tablename__ = "replies"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -189,7 +199,7 @@ class Cycle(Table):
     snapshot_sha256: Mapped[str | None] = mapped_column(ForeignKey("snapshots.sha256"))
     policy: Mapped[str | None] = mapped_column(ForeignKey("policies.name"))
     metrics: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
-    """`{"progress": {...}, "reward_model": {...}, "ppo": {...}, "gate": {...}}`, filled as the cycle goes on."""
+    """`{"progress": {...}, "reward_model": {...}, "ppo": {...}, "gate": {...}}`, filled as it goes on."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     ended_at: Mapped[datetime | None]
     __table_args__ = (

@@ -56,7 +56,7 @@ async def take_vote_back(comparison_id: str, context: ContextDep, user: UserQuer
 
 
 async def _shown_to(session: AsyncSession, comparison_id: str, user: str) -> int:
-    """The user's id. Raises NotFound where this comparison was not shown to this user, without saying which."""
+    """The user's id. Raises NotFound where the comparison was not shown to this user."""
     query = (
         select(User.id)
         .join(Comparison, Comparison.user_id == User.id)

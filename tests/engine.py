@@ -31,10 +31,11 @@ def free_port() -> int:
 
 @contextmanager
 def running_engine(model: Path, log: Path) -> Iterator[str]:
-    """The address of a vLLM that answers; stopped with its children on leaving. Raises RuntimeError with its log."""
+    """The address of a vLLM that answers; ended with its children. Raises RuntimeError with its log."""
     port = free_port()
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        "--host", "127.0.0.1",
         "--port", str(port), "--served-model-name", "policy-000000", "--enforce-eager", "--dtype", "bfloat16",
         "--max-model-len", "512", "--enable-lora", "--max-loras", "3", "--max-lora-rank", "32",
     ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""A causal LM small enough to make on the fly: random weights, a byte-level BPE tokenizer with a chat template.
+"""A causal LM small enough to make on the fly: random weights, a byte-level BPE tokenizer, a template.
 
-It talks nonsense, which is all that tests of the service need; nothing here is trained. Used by `tests/engine.py`.
+It talks nonsense, which is all that tests of the service need; nothing here is trained.
 """
 
 import hashlib
@@ -36,21 +36,25 @@ def make_model(folder: Path) -> Path:
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", chat_template=TEMPLATE
     )
     fast.save_pretrained(folder)
-    LlamaForCausalLM(_config(len(fast))).save_pretrained(folder)
+    model = LlamaForCausalLM(_config(len(fast)))
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] = 0  # replies are long: hardly ever ends one
+    model.save_pretrained(folder)
     return folder
 
 
 def _config(vocab_size: int) -> LlamaConfig:
     torch.manual_seed(0)
     return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, eos_token_id=1, pad_token_id=0,
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
+        eos_token_id=1, pad_token_id=0,
         tie_word_embeddings=False, initializer_range=0.2,
     )  # fmt: skip
 
 
 def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3) -> Path:
-    """Write a policy folder as the trainer does: a random adapter, its manifest with a true probe, then READY."""
+    """Write a policy folder as the trainer does: a random adapter, a manifest with a true probe, READY."""
     torch.manual_seed(seed)
     model = get_peft_model(
         LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),

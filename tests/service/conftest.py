@@ -52,7 +52,7 @@ def rows(database: Settings) -> Rows:
 
 @pytest.fixture
 def serve(prepared: Settings) -> Iterator[Serve]:
-    """Start the service under uvicorn; gives a client. `serve(engine, ...)` uses fakes, `serve(url=...)` a vLLM."""
+    """Start the service; gives a client. `serve(engine)` uses a fake, `serve(url=...)` a vLLM."""
     with contextlib.ExitStack() as stack:
 
         def start(*fakes: FakeEngine, url: str = "", ready: bool = True, **changes: object) -> httpx.Client:

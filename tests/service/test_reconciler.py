@@ -113,7 +113,8 @@ def test_policies_that_nobody_wants_are_unloaded_but_the_trainers_own_stay(
 def test_it_recovers_when_its_database_connection_is_cut(serve: Serve, rows: Rows, folder: Path) -> None:
     serve(FakeEngine(logprobs={folder.name: -2.0}))
     rows(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = current_database()"
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE pid <> pg_backend_pid() AND datname = current_database()"
     )
     publish(rows, folder.name, folder)
     wait_until(lambda: rows(POINTER)[0][0] == folder.name)

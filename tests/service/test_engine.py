@@ -1,0 +1,169 @@
+"""The whole service on the real vLLM: the official client, disconnects, and a swap under load."""
+
+import asyncio
+import json
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from conftest import Rows, Serve, publish, wait_until
+from openai.types.chat import ChatCompletionMessageParam
+
+from tests.tiny_model import make_policy
+
+pytestmark = [pytest.mark.engine, pytest.mark.database]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "what colour is a lemon?"}]
+POINTER = "SELECT live, previous, challenger FROM deployment"
+
+
+def official(client: httpx.Client) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+
+
+def running(vllm: str) -> float:
+    """Generations under way in the engine."""
+    return _metric(vllm, "vllm:num_requests_running")
+
+
+def generated(vllm: str) -> float:
+    """Tokens that the engine has generated so far."""
+    return _metric(vllm, "vllm:generation_tokens_total")
+
+
+def _metric(vllm: str, name: str) -> float:
+    lines = httpx.get(f"{vllm}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def test_the_official_client_chats_streamed_and_not(serve: Serve, vllm: str) -> None:
+    api = official(serve(url=vllm))
+    whole = api.chat.completions.create(model="ratchet", messages=MESSAGES, max_tokens=12, seed=3)
+    stream = list(
+        api.chat.completions.create(
+            model="ratchet",
+            messages=MESSAGES,
+            max_tokens=12,
+            seed=3,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert text == whole.choices[0].message.content  # one seed, one reply, whichever way it travels
+    assert whole.model == stream[0].model == "policy-000000"
+    assert stream[-1].usage is not None
+    assert stream[-1].usage == whole.usage
+
+
+def test_the_official_client_gets_two_replies_and_its_vote_is_stored(
+    serve: Serve, vllm: str, rows: Rows
+) -> None:
+    client = serve(url=vllm)
+    for seed in (None, 7):
+        answer = official(client).chat.completions.create(
+            model="ratchet",
+            messages=MESSAGES,
+            max_tokens=24,
+            seed=seed,
+            user="ada",
+            extra_body={"comparison": "always"},
+        )
+        first, second = (choice.message.content for choice in answer.choices)
+        assert first != second
+        comparison = answer.model_extra["comparison"]["id"]  # type: ignore[index]
+        vote = client.put(f"/v1/comparisons/{comparison}/vote", json={"choice": "first", "user": "ada"})
+        assert vote.json()["policies"] == ["policy-000000", "policy-000000"]
+        assert rows("SELECT choice FROM votes WHERE comparison_id = %s", comparison) == [("first",)]
+
+
+def test_both_replies_of_a_comparison_stream_at_once(serve: Serve, vllm: str) -> None:
+    stream = official(serve(url=vllm)).chat.completions.create(
+        model="ratchet", messages=MESSAGES, max_tokens=40, stream=True, extra_body={"comparison": "always"}
+    )
+    order = [chunk.choices[0].index for chunk in stream if chunk.choices]
+    assert 1 in order[: order.index(1) + 2]
+    changes = sum(a != b for a, b in pairwise(order))
+    assert changes > 5
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_ends_the_generation_in_the_engine(
+    serve: Serve, vllm: str, rows: Rows, stream: bool
+) -> None:
+    address = serve(url=vllm).base_url
+    before = generated(vllm)
+    body = {"messages": MESSAGES, "max_tokens": 480, "stream": stream}
+    async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+        requests = [asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(3)]
+        while rows("SELECT count(*) FROM replies") != [(3,)]:
+            await asyncio.sleep(0.02)
+        for request in requests:
+            request.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+    wait_until(lambda: running(vllm) == 0, 5)
+    assert generated(vllm) - before < 3 * 400  # of 3 * 480: they were aborted, they did not merely end
+    wait_until(lambda: rows("SELECT finish_reason FROM replies") == [("abort",)] * 3, 5)
+
+
+def test_too_long_a_prompt_says_what_to_change(serve: Serve, vllm: str, rows: Rows) -> None:
+    with pytest.raises(openai.BadRequestError, match="reduce the length") as caught:
+        official(serve(url=vllm)).chat.completions.create(
+            model="ratchet", messages=[{"role": "user", "content": "word " * 600}]
+        )
+    assert caught.value.code == "context_length_exceeded"
+    assert rows("SELECT count(*) FROM replies") == [(0,)]
+
+
+def test_a_policy_goes_live_under_load_and_no_request_fails_or_is_mixed(
+    serve: Serve, vllm: str, rows: Rows, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = make_policy(tmp_path / "policy-000001", tiny_model, seed=1)
+    client = serve(url=vllm)
+    answered: list[set[str]] = []
+    faults: list[Exception] = []
+    done = threading.Event()
+
+    def chat() -> None:
+        api = official(client)
+        while not done.is_set():
+            try:
+                stream = api.chat.completions.create(
+                    model="ratchet", messages=MESSAGES, max_tokens=40, stream=True
+                )
+                answered.append({chunk.model for chunk in stream})
+            except Exception as error:
+                faults.append(error)
+
+    threads = [threading.Thread(target=chat) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(answered) >= 8)
+    publish(rows, folder.name, folder)
+    wait_until(lambda: {folder.name} in answered[-8:])
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert all(len(policies) == 1 for policies in answered)
+    assert rows(POINTER) == [(folder.name, "policy-000000", None)]
+    assert dict(
+        rows("SELECT policy, count(*) FROM replies WHERE finish_reason IN ('stop', 'length') GROUP BY 1")
+    ) == {name: answered.count({name}) for name in ("policy-000000", folder.name)}
+
+
+def test_weights_that_are_not_what_the_manifest_says_never_go_live(
+    serve: Serve, vllm: str, rows: Rows, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Another adapter's manifest: the folder is whole, and the weights are wrong."""
+    right = make_policy(tmp_path / "policy-000002", tiny_model, seed=2)
+    wrong = make_policy(tmp_path / "other" / "policy-000002", tiny_model, seed=3)
+    expected, actual = (json.loads((folder / "manifest.json").read_text()) for folder in (right, wrong))
+    (wrong / "manifest.json").write_text(json.dumps(expected | {"files": actual["files"]}))
+    serve(url=vllm)
+    publish(rows, "policy-000002", wrong)
+    wait_until(lambda: rows(POINTER) == [("policy-000000", None, None)])
+    [(reason,)] = rows("SELECT reason FROM policies WHERE name = 'policy-000002'")
+    assert "log-probabilities differ" in reason
