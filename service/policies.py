@@ -47,7 +47,7 @@ class Wanted:
 
 
 def read_folder(name: str, path: Path) -> Manifest:
-    """The manifest of a whole, unharmed policy folder. Raises PolicyRefused. Reads it all: not on the loop."""
+    """The manifest of a whole policy folder. Raises PolicyRefused. Reads all of it: off the loop."""
     if not (path / "READY").exists():
         raise PolicyRefused("its folder holds no READY: it was not written to the end")
     try:

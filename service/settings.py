@@ -22,7 +22,7 @@ class Settings(BaseSettings):
 
     # --- where things are
     state: Path = Path("state")
-    """Folder of all state: database, starter model, policies, cycles, logs. The next start goes on with it."""
+    """Folder of all state: database, starter, policies, cycles, logs. The next start goes on with it."""
     host: str = "127.0.0.1"
     """Address that the service listens on."""
     port: int = Field(8000, ge=1, le=65535)
