@@ -17,9 +17,9 @@ up: ## set everything up and run it on http://127.0.0.1:8000, until Ctrl-C
 	@sh deploy/setup.sh $(BUILD)
 	@exec $(VENV)/bin/python -m service.cli up
 
-demo: ## simulated users chat and vote, and the terminal shows the loop learn
+demo: ## simulated users chat and vote, and the terminal shows the loop learn; TASTE=warm SEEDS="0 1 2"
 	@sh deploy/setup.sh $(BUILD)
-	@exec $(VENV)/bin/python -m trainer.simulate
+	@exec $(VENV)/bin/python -m trainer.simulate $(if $(TASTE),--taste $(TASTE)) $(if $(SEEDS),--seeds $(SEEDS))
 
 test: ## set everything up and run all tests: real PostgreSQL, vLLM and browser
 	@sh deploy/setup.sh test

@@ -1,0 +1,205 @@
+"""How the demo scores policies by their replies to the same questions, and the tables that it prints.
+
+Arithmetic and text only; nothing here asks anything. Used by `simulate.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from trainer import world
+from trainer.demo_client import Reply
+from trainer.tastes import Taste
+
+Z_95 = 1.959964
+"""Standard normal quantile of a two-sided 95 % interval."""
+SAME_SCORE = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A share with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How one policy did."""
+
+    policy: str
+    num_replies: int
+    taste: float
+    """Mean of the taste over all replies."""
+    correct: float
+    """Share of right ones among replies to questions that have an answer."""
+    spoilt: float
+    """Share of replies that repeat themselves or were cut off."""
+    win_rate: Share | None
+    """Against the starter, by the taste, on the same questions; None for the starter itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A cycle that made no policy live."""
+
+    cycle_id: int
+    stage: str
+    reason: str
+
+
+Row = Score | Rejected
+
+
+@dataclass(frozen=True, slots=True)
+class SeedResult:
+    """One seed's run: its table, and what it took."""
+
+    seed: int
+    num_votes: int
+    rows: tuple[Row, ...]
+    """The starter first, then each cycle's policy, or why there is none."""
+    minutes: float
+
+    @property
+    def scores(self) -> list[Score]:
+        return [row for row in self.rows if isinstance(row, Score)]
+
+
+def score(
+    policy: str,
+    questions: Sequence[world.Question],
+    replies: Sequence[Reply | None],
+    taste: Taste,
+    starter: Sequence[Reply | None] | None,
+) -> Score:
+    """Score a policy's replies, one a question; `starter`: the starter's to the same ones. Skips failed ones.
+
+    Raises ValueError where every request failed.
+    """
+    pairs = [
+        (question, reply) for question, reply in zip(questions, replies, strict=True) if reply is not None
+    ]
+    if not pairs:
+        raise ValueError(f"{policy} gave no reply at all.")
+    verdicts = [world.is_correct(question, reply.text) for question, reply in pairs]
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    return Score(
+        policy=policy,
+        num_replies=len(pairs),
+        taste=sum(taste(question.messages, reply.text) for question, reply in pairs) / len(pairs),
+        correct=sum(judged) / len(judged) if judged else math.nan,
+        spoilt=sum(is_spoilt(reply) for _, reply in pairs) / len(pairs),
+        win_rate=None if starter is None else _win_rate(questions, replies, starter, taste),
+    )
+
+
+def is_spoilt(reply: Reply) -> bool:
+    """Whether a reply says something twice, or did not come to its own end."""
+    return reply.finish_reason != "stop" or world.repeats(reply.text)
+
+
+def _win_rate(
+    questions: Sequence[world.Question],
+    replies: Sequence[Reply | None],
+    starter: Sequence[Reply | None],
+    taste: Taste,
+) -> Share | None:
+    differences = [
+        taste(question.messages, mine.text) - taste(question.messages, other.text)
+        for question, mine, other in zip(questions, replies, starter, strict=True)
+        if mine is not None and other is not None
+    ]
+    return win_rate(differences) if differences else None
+
+
+def win_rate(differences: Sequence[float]) -> Share:
+    """Share of positive differences, with equal ones as half a win, and Wilson's interval.
+
+    Halves make the true variance smaller than the binomial one, so the interval errs to the wide side.
+    Source: Wilson, JASA 22 (1927).
+    """
+    wins = sum(0.5 if abs(value) < SAME_SCORE else float(value > 0) for value in differences)
+    num = len(differences)
+    share = wins / num
+    scale = 1 + Z_95**2 / num
+    middle = (share + Z_95**2 / (2 * num)) / scale
+    half = Z_95 / scale * math.sqrt(share * (1 - share) / num + Z_95**2 / (4 * num**2))
+    return Share(share, middle - half, middle + half)
+
+
+POLICY_COLUMNS = (
+    "policy",
+    "replies",
+    "taste",
+    "correct",
+    "repeated or cut off",
+    "win rate against starter [95 %]",
+)
+SEED_COLUMNS = (
+    "seed",
+    "votes",
+    "live policy",
+    "win rate against starter [95 %]",
+    "correct: starter -> live",
+    "repeated or cut off: starter -> live",
+    "minutes",
+)
+
+
+def policy_rows(result: SeedResult) -> list[list[str]]:
+    """Of the table of one seed, policy by policy."""
+    return [_policy_row(row) for row in result.rows]
+
+
+def _policy_row(row: Row) -> list[str]:
+    if isinstance(row, Rejected):
+        return [f"cycle {row.cycle_id} {row.stage}", "", "", "", "", row.reason]
+    return [
+        row.policy,
+        str(row.num_replies),
+        f"{row.taste:+.3f}",
+        f"{row.correct:.3f}",
+        f"{row.spoilt:.3f}",
+        "(the starter)" if row.win_rate is None else str(row.win_rate),
+    ]
+
+
+def seed_rows(results: Sequence[SeedResult]) -> list[list[str]]:
+    """Of the summary, seed by seed: the starter against what is live in the end."""
+    rows = []
+    for result in results:
+        starter, live = result.scores[0], result.scores[-1]
+        rows.append(
+            [
+                str(result.seed),
+                str(result.num_votes),
+                live.policy,
+                "nothing was promoted" if live.win_rate is None else str(live.win_rate),
+                f"{starter.correct:.3f} -> {live.correct:.3f}",
+                f"{starter.spoilt:.3f} -> {live.spoilt:.3f}",
+                f"{result.minutes:.1f}",
+            ]
+        )
+    return rows
+
+
+def as_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """For the terminal."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def as_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """For a page."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
