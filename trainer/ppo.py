@@ -1,49 +1,51 @@
 """PPO on one copy of the base: sample, score, estimate advantages, update, again. Read from top to bottom.
 
 The reward is an ensemble's pessimistic score less a KL penalty to the anchor. The penalty's coefficient is not set by hand: a
-controller holds KL at a target that rises from nothing to the budget over the run, so the run walks along the curve of reward
-against KL. A judge (a reward model on votes that training never saw) says where on that curve it was best; that policy is kept.
+controller lets KL rise slowly towards a budget, so the run walks along the curve of reward against KL. A judge (a reward model
+on votes that training never saw) says where on that curve it was best; that policy is kept.
 
-Legend: B sequences, L tokens of prompt and reply, N rollouts of an iteration.
+Legend: B sequences, L tokens of prompt and reply, N rollouts of an iteration, K heads of the ensemble.
 """
 
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trainer import ppo_math
-from trainer.models import POLICY, REFERENCE, VALUE, Batch, Roles
+from trainer.models import POLICY, Batch, Roles
+from trainer.reward_model import Head, reward_features
 from trainer.rollouts import Rollout, Sampler
+from trainer.value import Value, value_features
 
 
 class NonFinite(RuntimeError):
-    """A loss or a weight was not a number. The cycle ends; the live policy stays."""
+    """A loss was not a number. The cycle ends; the live policy stays."""
 
 
 @dataclass(frozen=True, slots=True)
 class PPOSettings:
     """How the policy is trained. One default for every model, taste and seed."""
 
-    iterations: int = 20
+    iterations: int = 25
     rollouts: int = 256
     """Replies sampled in an iteration."""
-    epochs: int = 2
+    epochs: int = 3
+    """Passes over an iteration's rollouts."""
     minibatch: int = 64
     """Sequences in an optimiser step."""
-    learning_rate: float = 3e-4
-    value_learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     clip: float = 0.2
-    value_clip: float = 0.5
     discount: float = 1.0
     trace: float = 0.95
     """lambda of generalised advantage estimation."""
-    kl_start: float = 0.1
+    kl_start: float = 0.3
     """First KL coefficient, in standard deviations of the reward per nat; the controller takes it from there."""
-    kl_budget: float = 6.0
+    kl_budget: float = 5.0
     """KL to the anchor at the end of the run, in nats per reply."""
     disagreement: float = 0.5
     """Weight of the ensemble's standard deviation, taken off the mean score."""
@@ -76,45 +78,44 @@ class Iteration:
     ended: float
     """Share of replies that ended by themselves."""
     clipped: float
+    """Share of tokens whose update was clipped."""
     value_explained: float
     """1 - Var(return - value) / Var(return)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """Brings a reward model's scores to mean 0 and standard deviation 1 over the anchor's replies."""
+@dataclass(slots=True)
+class Minibatch:
+    """Rollouts of like length, with all that the update needs. Tensors are (B, L) unless said."""
 
-    mean: float
-    std: float
+    batch: Batch
+    old: Tensor
+    """The policy's log-probabilities when it sampled."""
+    reference: Tensor
+    features: Tensor
+    """[B, L, G] value features."""
+    values: Tensor
+    scores: Tensor
+    """[B, K] by the ensemble."""
+    judged: Tensor
+    """[B] by the judge."""
+    ended: Tensor
+    """[B] 1.0 where the reply ended by itself."""
+    advantages: Tensor
+    returns: Tensor
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        return (scores - self.mean) / self.std
-
-
-@torch.no_grad()
-def score_rollouts(roles: Roles, role: str, rollouts: Sequence[Rollout], batch_size: int = 128) -> Tensor:
-    """(N,) raw scores, in the order given; batched by length."""
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_ids) + len(rollouts[i].reply_ids))
-    scores = torch.zeros(len(rollouts))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        scores[indices] = roles.scores(role, collate(roles, [rollouts[i] for i in indices])).cpu()
-    return scores
-
-
-def collate(roles: Roles, rollouts: Sequence[Rollout]) -> Batch:
-    """Rollouts as a padded batch."""
-    return Batch.collate([(r.prompt_ids, r.reply_ids) for r in rollouts], roles.pad_id, roles.device)
+    @property
+    def mask(self) -> Tensor:
+        return self.batch.reply_mask
 
 
 class PPO:
-    """One training run: holds the optimisers, the reward scales and the KL controller."""
+    """One training run: policy optimiser, value, reward heads and KL controller."""
 
     def __init__(
         self,
         roles: Roles,
-        ensemble: Sequence[str],
-        judge: str,
+        ensemble: Head,
+        judge: Head,
         prompts: Sequence[list[int]],
         settings: PPOSettings,
         seed: int,
@@ -128,145 +129,176 @@ class PPO:
         self.generator = torch.Generator(device=roles.device).manual_seed(seed)
         self.rng = random.Random(seed)
         self.kl_coefficient = settings.kl_start
-        roles.copy_scalar_role(ensemble[0], VALUE)
-        self.policy_optimizer = torch.optim.AdamW(
-            roles.parameters_of(POLICY), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
+        self.value = Value(ensemble, roles.hidden_size)
+        self.optimizer = torch.optim.AdamW(
+            roles.policy_parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
         )
-        self.value_optimizer = torch.optim.AdamW(
-            roles.parameters_of(VALUE), lr=settings.value_learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
-        )
-        self.scales: dict[str, Scale] = {}
-
-    def calibrate(self) -> None:
-        """Scales of all reward models, from replies of the anchor; and the value's head to the same scale."""
-        with self.roles.acting_as(REFERENCE):
-            rollouts = self.sampler.sample(self.roles.model, self._draw_prompts(), self.generator)
-        for role in (*self.ensemble, self.judge):
-            scores = score_rollouts(self.roles, role, rollouts)
-            self.scales[role] = Scale(scores.mean().item(), max(scores.std().item(), 1e-6))
-        first = self.scales[self.ensemble[0]]
-        head = self.roles.heads[VALUE]
-        with torch.no_grad():
-            head.weight.div_(first.std)
-            head.bias.sub_(first.mean).div_(first.std)
-
-    def _draw_prompts(self) -> list[list[int]]:
-        return self.rng.choices(self.prompts, k=self.settings.rollouts)
 
     def iterate(self, number: int) -> Iteration:
         """One iteration. Raises NonFinite."""
-        settings, roles = self.settings, self.roles
+        settings = self.settings
 
         # 1. sample replies from the current policy
-        with roles.acting_as(POLICY):
-            rollouts = self.sampler.sample(roles.model, self._draw_prompts(), self.generator)
-        rollouts.sort(key=lambda rollout: len(rollout.prompt_ids) + len(rollout.reply_ids))
+        prompts = self.rng.choices(self.prompts, k=settings.rollouts)
+        with self.roles.acting_as(POLICY):
+            rollouts = self.sampler.sample(self.roles.model, prompts, self.generator)
 
-        # 2. score them: ensemble mean less its disagreement, less a penalty where the end is missing
-        votes = torch.stack([self.scales[role](score_rollouts(roles, role, rollouts)) for role in self.ensemble])
-        disagreement = votes.std(dim=0) if len(self.ensemble) > 1 else torch.zeros_like(votes[0])
-        ended = torch.tensor([float(rollout.ended) for rollout in rollouts])
-        scores = votes.mean(dim=0) - settings.disagreement * disagreement
-        scores = scores - settings.missing_end_penalty * (1 - ended)
-        judged = self.scales[self.judge](score_rollouts(roles, self.judge, rollouts))
+        # 2. read them: log-probabilities by policy and anchor, values, scores by ensemble and judge
+        minibatches = self._read(rollouts)
 
-        # 3. log-probabilities of the policy and the anchor, and values, of what was sampled
-        groups = [
-            list(range(start, min(start + settings.minibatch, len(rollouts))))
-            for start in range(0, len(rollouts), settings.minibatch)
+        # 3. reward per token: the pessimistic score on the last one, the KL penalty on each
+        # 4. advantages, whitened over the real tokens of the iteration
+        for part in minibatches:
+            score = pessimistic(part, settings)
+            rewards = ppo_math.token_rewards(score, part.old, part.reference, part.mask, self.kl_coefficient)
+            part.advantages, part.returns = ppo_math.gae(
+                rewards, part.values, part.mask, settings.discount, settings.trace
+            )
+        measured = self._measure(number, minibatches)
+        whiten_together(minibatches)
+
+        # 5. a few passes of clipped updates of the policy; the value is fit to the returns
+        clipped = [
+            self._update(part)
+            for _ in range(settings.epochs)
+            for part in self.rng.sample(minibatches, len(minibatches))
         ]
-        batches = [collate(roles, [rollouts[index] for index in group]) for group in groups]
-        old, reference, values, advantages, returns = [], [], [], [], []
-        with torch.no_grad():
-            for batch in batches:
-                old.append(roles.logprobs(POLICY, batch, settings.temperature))
-                reference.append(roles.logprobs(REFERENCE, batch, settings.temperature))
-                values.append(_before_token(roles.values(VALUE, batch)) * batch.reply_mask)
+        self.value.fade()
+        for part in minibatches:
+            self.value.add(part.features, part.returns, part.mask)
+        self.value.fit()
 
-        # 4. rewards per token and advantages, whitened over the real tokens of all batches
-        for group, batch, o, r, v in zip(groups, batches, old, reference, values, strict=True):
-            rewards = ppo_math.token_rewards(scores[group].to(o.device), o, r, batch.reply_mask, self.kl_coefficient)
-            advantage, target = ppo_math.gae(rewards, v, batch.reply_mask, settings.discount, settings.trace)
-            advantages.append(advantage)
-            returns.append(target)
-        explained = _explained(values, returns, [batch.reply_mask for batch in batches])
-        advantages = _whiten_all(advantages, [batch.reply_mask for batch in batches])
-
-        # 5. a few passes of clipped updates
-        clipped = 0.0
-        for _ in range(settings.epochs):
-            for index in self.rng.sample(range(len(batches)), len(batches)):
-                batch = batches[index]
-                clipped += self._update_policy(batch, old[index], advantages[index])
-                self._update_value(batch, values[index], returns[index])
-
-        # 6. steer KL to its target, which rises through the run
-        real = sum(batch.reply_mask.sum().item() for batch in batches)
-        kl = sum(
-            (ppo_math.kl_k3(o, r) * b.reply_mask).sum().item() for o, r, b in zip(old, reference, batches, strict=True)
-        ) / len(rollouts)
-        target = settings.kl_budget * (number + 1) / settings.iterations
-        self.kl_coefficient = ppo_math.adapt_kl_coefficient(self.kl_coefficient, max(kl, 1e-3), target)
+        # 6. steer KL towards the budget
+        self.kl_coefficient = ppo_math.adapt_kl_coefficient(
+            self.kl_coefficient, measured["kl"], settings.kl_budget
+        )
         return Iteration(
-            number=number,
-            score=scores.mean().item(),
-            judge=judged.mean().item(),
-            judge_error=judged.std().item() / math.sqrt(len(rollouts)),
-            disagreement=disagreement.mean().item(),
-            kl=kl,
-            kl_coefficient=self.kl_coefficient,
-            entropy=-sum(o.sum().item() for o in old) / real,
-            length=real / len(rollouts),
-            ended=ended.mean().item(),
-            clipped=clipped / (settings.epochs * len(batches)),
-            value_explained=explained,
+            number=number, kl_coefficient=self.kl_coefficient, clipped=sum(clipped) / len(clipped), **measured
         )
 
-    def _update_policy(self, batch: Batch, old: Tensor, advantages: Tensor) -> float:
-        logprobs = self.roles.logprobs(POLICY, batch, self.settings.temperature)
-        losses, clipped = ppo_math.policy_loss(logprobs, old, advantages, batch.reply_mask, self.settings.clip)
-        self._step(ppo_math.masked_mean(losses, batch.reply_mask), self.policy_optimizer)
-        return ppo_math.masked_mean(clipped, batch.reply_mask).item()
+    @torch.no_grad()
+    def _read(self, rollouts: Sequence[Rollout]) -> list[Minibatch]:
+        """Rollouts of like length together, so that little is spent on padding."""
+        ordered = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.reply_ids))
+        size = self.settings.minibatch
+        return [self._read_minibatch(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
-    def _update_value(self, batch: Batch, old: Tensor, returns: Tensor) -> None:
-        values = _before_token(self.roles.values(VALUE, batch)) * batch.reply_mask
-        losses = ppo_math.value_loss(values, old, returns, batch.reply_mask, self.settings.value_clip)
-        self._step(ppo_math.masked_mean(losses, batch.reply_mask), self.value_optimizer)
+    def _read_minibatch(self, rollouts: Sequence[Rollout]) -> Minibatch:
+        roles = self.roles
+        sequences = [(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts]
+        batch = Batch.collate(sequences, roles.pad_id, roles.device)
+        reading = roles.read(batch, self.settings.temperature)
+        reward = reward_features(reading, batch.reply_mask)
+        features = value_features(reading, batch.reply_mask)
+        empty = torch.zeros_like(batch.reply_mask)
+        return Minibatch(
+            batch=batch,
+            old=roles.logprobs(batch, self.settings.temperature),
+            reference=reading.logprobs,
+            features=features,
+            values=self.value(features, batch.reply_mask),
+            scores=self.ensemble(reward),
+            judged=self.judge(reward).mean(1),
+            ended=torch.tensor([float(rollout.ended) for rollout in rollouts], device=batch.ids.device),
+            advantages=empty,
+            returns=empty,
+        )
 
-    def _step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def _update(self, part: Minibatch) -> float:
+        """One optimiser step on a minibatch. Returns the share of clipped tokens."""
+        logprobs = self.roles.logprobs(part.batch, self.settings.temperature)
+        losses, clipped = ppo_math.policy_loss(
+            logprobs, part.old, part.advantages, part.mask, self.settings.clip
+        )
+        loss = ppo_math.masked_mean(losses, part.mask)
         if not math.isfinite(loss.item()):
             raise NonFinite(f"PPO's loss became {loss.item()}.")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return ppo_math.masked_mean(clipped, part.mask).item()
+
+    def _measure(self, number: int, minibatches: Sequence[Minibatch]) -> dict[str, float]:
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat(list(parts))
+
+        real = [part.mask.bool() for part in minibatches]
+        num_tokens = sum(int(mask.sum()) for mask in real)
+        num_replies = sum(len(part.ended) for part in minibatches)
+        kl = sum((ppo_math.kl_k3(part.old, part.reference) * part.mask).sum().item() for part in minibatches)
+        judged = joined([part.judged for part in minibatches])
+        returns = joined([part.returns[mask] for part, mask in zip(minibatches, real, strict=True)])
+        values = joined([part.values[mask] for part, mask in zip(minibatches, real, strict=True)])
+        return {
+            "score": joined([pessimistic(part, self.settings) for part in minibatches]).mean().item(),
+            "judge": judged.mean().item(),
+            "judge_error": judged.std().item() / math.sqrt(num_replies),
+            "disagreement": joined([part.scores.std(1) for part in minibatches]).mean().item(),
+            "kl": kl / num_replies,
+            "entropy": -sum(part.old.sum().item() for part in minibatches) / num_tokens,
+            "length": num_tokens / num_replies,
+            "ended": joined([part.ended for part in minibatches]).mean().item(),
+            "value_explained": (1 - (returns - values).var() / returns.var().clamp(min=1e-8)).item(),
+        }
 
 
-def _before_token(values: Tensor) -> Tensor:
-    """The value before token i is chosen is the head's output at i - 1."""
-    return torch.nn.functional.pad(values[:, :-1], (1, 0))
+def pessimistic(part: Minibatch, settings: PPOSettings) -> Tensor:
+    """[B] ensemble mean less its disagreement, less a penalty where the end is missing."""
+    doubt = part.scores.std(1) if part.scores.shape[1] > 1 else 0.0
+    return (
+        part.scores.mean(1) - settings.disagreement * doubt - settings.missing_end_penalty * (1 - part.ended)
+    )
 
 
-def _flat(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor[mask.bool()] for tensor, mask in zip(tensors, masks, strict=True)])
+def whiten_together(minibatches: Sequence[Minibatch]) -> None:
+    """`ppo_math.whiten` of the advantages, over minibatches of different lengths together."""
+    flat = torch.cat([part.advantages[part.mask.bool()] for part in minibatches])[None]
+    white = ppo_math.whiten(flat, torch.ones_like(flat))[0]
+    for part, values in zip(
+        minibatches, white.split([int(part.mask.sum()) for part in minibatches]), strict=True
+    ):
+        part.advantages = torch.zeros_like(part.mask)
+        part.advantages[part.mask.bool()] = values
 
 
-def _whiten_all(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-    """`ppo_math.whiten` over batches of different lengths together."""
-    flat = _flat(tensors, masks)
-    white = ppo_math.whiten(flat[None], torch.ones_like(flat[None]))[0]
-    parts = white.split([int(mask.sum().item()) for mask in masks])
-    results = []
-    for mask, part in zip(masks, parts, strict=True):
-        result = torch.zeros_like(mask)
-        result[mask.bool()] = part
-        results.append(result)
-    return results
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished run."""
+
+    iterations: list[Iteration]
+    kept: int
+    """The iteration whose starting weights the judge likes best, ties going to less KL."""
+    why: str
+    """Why the run ended where it did."""
 
 
-def _explained(values: Sequence[Tensor], returns: Sequence[Tensor], masks: Sequence[Tensor]) -> float:
-    value, target = _flat(values, masks), _flat(returns, masks)
-    return (1 - (target - value).var() / target.var().clamp(min=1e-8)).item()
+PATIENCE = 6
+"""Iterations without a better judgement after which the run ends."""
 
 
-Progress = Callable[[Iteration], None]
+def train(ppo: PPO, checkpoints: Path, on_iteration: Callable[[Iteration], None]) -> Outcome:
+    """Iterates until the judge sees no more gain, with a checkpoint of the policy before each iteration."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    iterations: list[Iteration] = []
+    why = "all iterations were done"
+    for number in range(ppo.settings.iterations):
+        torch.save(ppo.roles.policy_state(), checkpoint_path(checkpoints, number))
+        iterations.append(ppo.iterate(number))
+        on_iteration(iterations[-1])
+        best = max(iterations, key=lambda iteration: iteration.judge)
+        if number - best.number >= PATIENCE:
+            why = f"the held-out judge saw no gain in {PATIENCE} iterations"
+            break
+    return Outcome(iterations, choose_kept(iterations), why)
+
+
+def choose_kept(iterations: Sequence[Iteration]) -> int:
+    """The first iteration that is within one standard error of the best judgement: the least KL that is as good."""
+    best = max(iterations, key=lambda iteration: iteration.judge)
+    return next(i.number for i in iterations if i.judge >= best.judge - best.judge_error)
+
+
+def checkpoint_path(checkpoints: Path, number: int) -> Path:
+    """Where the policy's weights before that iteration are."""
+    return checkpoints / f"{number:03d}.pt"

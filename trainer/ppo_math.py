@@ -31,7 +31,9 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+def token_rewards(
+    scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, kl_coefficient: float
+) -> Tensor:
     """-kl_coefficient * k1 at each reply token, and the score on the last real one.
 
     scores: (B,), logprobs, reference, mask: (B, L). Returns (B, L). Source: arXiv:2203.02155, eq. 2.
@@ -42,7 +44,9 @@ def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Ten
     return rewards.scatter_add(1, last[:, None], scores[:, None].to(rewards.dtype))
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, trace: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, discount: float, trace: float
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation. rewards, values, mask: (B, L). Returns advantages and returns: (B, L).
 
     values[:, i] is the value before token i is chosen. After the last reply token the value is 0. Source: arXiv:1506.02438, eq. 16.
@@ -58,7 +62,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, trace: f
     return advantages, (advantages + values) * mask
 
 
-def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate. All (B, L). Returns (B, L) losses per token, and the (B, L) flags of clipped tokens.
 
     Source: arXiv:1707.06347, eq. 7.
@@ -69,16 +75,12 @@ def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor,
     return torch.maximum(unclipped, clipped) * mask, (clipped > unclipped).float() * mask
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """Half the squared error, the new value kept within `clip` of the old one. All (B, L). Returns (B, L)."""
-    clipped = old + (values - old).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) * mask
-
-
 def adapt_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
-    """The coefficient for the next iteration: up where KL is above its target, down where below, at most 20 % a step.
+    """The coefficient for the next iteration: up by up to 30 % where KL is above its target, down by up to 5 % where below.
+
+    Slow to loosen, quick to tighten: KL answers a step late, and an overshoot is dear.
 
     Source: arXiv:1909.08593, section 2.2 (a proportional controller in log space).
     """
-    error = max(-0.2, min(0.2, kl / target - 1.0))
+    error = max(-0.05, min(0.3, kl / target - 1.0))
     return coefficient * (1.0 + error)

@@ -1,19 +1,31 @@
 """Reward models: the policy's architecture with a scalar head, fit to votes with -log sigmoid(r_chosen - r_rejected).
 
-An ensemble, each on its own share of the training votes, so that their disagreement says where they guess; and a judge,
-fit on held-out votes that the ensemble never sees. Source: arXiv:2203.02155, eq. 1; ensemble: arXiv:2310.02743.
+The head reads the anchor: the mean of its hidden states over the reply, and how likely it found the reply (a right answer
+is a likely one, also to a model that often says the wrong one). The anchor's weights stay as they are, so fitting is convex,
+takes a second, and is the same every time; a few hundred votes cannot do better by bending features.
+
+Heads come as an ensemble, each fit on a bootstrap of the training votes, so that their disagreement says where they guess; and as
+a judge, fit on held-out votes that the ensemble never sees. Sources: arXiv:2203.02155 (eq. 1), arXiv:2310.02743 (ensembles).
+
+Legend: B sequences, L tokens, H hidden size, F = H + 4 features, N pairs.
 """
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.models import Batch, Roles
+from trainer.models import Batch, Reading, Roles
+
+NUM_LIKELIHOODS = 4
+LIKELIHOOD_PRIOR = 3.0
+"""How much less the likelihood features are shrunk than the hidden ones: they are few, and known to matter."""
+RIDGES = (0.03, 0.1, 0.3, 1.0)
+"""Strengths of the penalty on weights that cross-validation chooses from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +45,8 @@ class Pair:
 class RewardSettings:
     """How reward models are fit."""
 
-    epochs: int = 3
-    batch_size: int = 32
-    """Pairs in a step."""
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.05
-    """Share of labels taken to be noise."""
-    members: int = 4
-    """Reward models in the ensemble."""
+    members: int = 8
+    """Heads in the ensemble."""
     held_out: float = 0.2
     """Share of prompts whose votes the ensemble never sees."""
 
@@ -56,10 +61,54 @@ class Accuracy:
     num_pairs: int
 
 
-def pair_loss(first: Tensor, second: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid(r_chosen - r_rejected), ties as the mean of both directions. All (B,). Returns a scalar."""
-    target = label * (1 - smoothing) + 0.5 * smoothing
-    return functional.binary_cross_entropy_with_logits(first - second, target)
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One or more scalar heads on standardised features."""
+
+    scale: Tensor
+    """[F] what each feature is divided by."""
+    weight: Tensor
+    """[F, K] one column a head."""
+    offset: Tensor
+    """[K] mean of the raw score over the anchor's own replies."""
+    spread: Tensor
+    """[K] its standard deviation there."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[B, F] -> [B, K] scores, mean 0 and standard deviation 1 over the anchor's replies."""
+        return ((features / self.scale) @ self.weight - self.offset) / self.spread
+
+
+def reward_features(reading: Reading, mask: Tensor) -> Tensor:
+    """[B, F]: mean hidden state over the reply; sum, mean and least of its log-probabilities; its length. mask: (B, L)."""
+    length = mask.sum(1, keepdim=True).clamp(min=1)
+    states = (reading.states * mask[..., None]).sum(1) / length
+    total = reading.logprobs.sum(1, keepdim=True)
+    least = reading.logprobs.min(1, keepdim=True).values
+    return torch.cat([states, total, total / length, least, length], dim=1)
+
+
+@torch.no_grad()
+def read_features(
+    roles: Roles, sequences: Sequence[tuple[list[int], list[int]]], batch_size: int = 128
+) -> Tensor:
+    """[N, F] of (prompt ids, reply ids), in the order given; batched by length."""
+    order = sorted(range(len(sequences)), key=lambda index: sum(map(len, sequences[index])))
+    rows: list[Tensor] = []
+    for start in range(0, len(order), batch_size):
+        chosen = [sequences[index] for index in order[start : start + batch_size]]
+        batch = Batch.collate(chosen, roles.pad_id, roles.device)
+        rows.append(reward_features(roles.read(batch), batch.reply_mask))
+    features = torch.cat(rows)
+    return torch.empty_like(features).index_copy_(0, torch.tensor(order, device=features.device), features)
+
+
+def pair_loss(margin: Tensor, label: Tensor) -> Tensor:
+    """-log sigmoid(r_chosen - r_rejected), a tie as the mean of both directions.
+
+    margin: (N,) r_first - r_second; label: (N,) probability that the first is better. Returns a scalar.
+    """
+    return functional.binary_cross_entropy_with_logits(margin, label)
 
 
 def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -70,57 +119,77 @@ def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], l
     return [pair for pair in pairs if pair.group not in held], [pair for pair in pairs if pair.group in held]
 
 
-def score_pairs(roles: Roles, role: str, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Scores of the first and of the second replies, each (pairs,), with gradients where they are on."""
-    sequences = [(p.prompt, p.first) for p in pairs] + [(p.prompt, p.second) for p in pairs]
-    scores = roles.scores(role, Batch.collate(sequences, roles.pad_id, roles.device))
-    return scores[: len(pairs)], scores[len(pairs) :]
+def fit(roles: Roles, pairs: Sequence[Pair], own_features: Tensor, members: int, seed: int) -> Head:
+    """`members` heads on the pairs: one on all of them, or each on a bootstrap of their groups.
 
-
-def fit(
-    roles: Roles,
-    role: str,
-    pairs: Sequence[Pair],
-    settings: RewardSettings,
-    seed: int,
-    progress: Callable[[], None] | None = None,
-) -> None:
-    """Makes the role and fits it to the pairs."""
-    roles.add_scalar_role(role, seed)
-    parameters = roles.parameters_of(role)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    own_features: (M, F) of replies sampled from the anchor, which the scores are scaled to.
+    """
+    first = read_features(roles, [(pair.prompt, pair.first) for pair in pairs])
+    second = read_features(roles, [(pair.prompt, pair.second) for pair in pairs])
+    label = torch.tensor([pair.label for pair in pairs], device=first.device)
+    scale = torch.cat([first, second]).std(0).clamp(min=1e-6)
+    scale[-NUM_LIKELIHOODS:] /= LIKELIHOOD_PRIOR
+    margins = (first - second) / scale
+    groups = [pair.group for pair in pairs]
+    ridge = _choose_ridge(margins, label, groups, seed)
     rng = random.Random(seed)
-    order = list(pairs)
-    steps = settings.epochs * math.ceil(len(order) / settings.batch_size)
-    step = 0
-    for _ in range(settings.epochs):
-        rng.shuffle(order)
-        for start in range(0, len(order), settings.batch_size):
-            batch = order[start : start + settings.batch_size]
-            optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (step + 1) / 5) * (1 - step / steps)
-            first, second = score_pairs(roles, role, batch)
-            label = torch.tensor([pair.label for pair in batch], device=first.device)
-            pair_loss(first, second, label, settings.label_smoothing).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            if progress:
-                progress()
+    draws = [_bootstrap(groups, rng) if members > 1 else list(range(len(pairs))) for _ in range(members)]
+    weight = torch.stack([_fit_weights(margins[draw], label[draw], ridge) for draw in draws], dim=1)
+    raw = (own_features / scale) @ weight
+    return Head(scale, weight, raw.mean(0), raw.std(0).clamp(min=1e-6))
 
 
-@torch.no_grad()
-def measure_accuracy(roles: Roles, role_names: Sequence[str], pairs: Sequence[Pair]) -> Accuracy:
-    """Of the mean score of the roles on decided pairs (ties say nothing here)."""
+def _bootstrap(groups: Sequence[str], rng: random.Random) -> list[int]:
+    """Indices of pairs, whole groups drawn with replacement."""
+    members: dict[str, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    names = sorted(members)
+    return [index for name in rng.choices(names, k=len(names)) for index in members[name]]
+
+
+def _choose_ridge(margins: Tensor, label: Tensor, groups: Sequence[str], seed: int, folds: int = 5) -> float:
+    """The strength with the least loss in cross-validation by group."""
+    names = sorted(set(groups))
+    random.Random(seed).shuffle(names)
+    fold_of = {name: index % folds for index, name in enumerate(names)}
+    fold = torch.tensor([fold_of[group] for group in groups], device=margins.device)
+    losses = dict.fromkeys(RIDGES, 0.0)
+    for ridge in RIDGES:
+        for number in range(folds):
+            test = fold == number
+            if test.any() and not test.all():
+                weights = _fit_weights(margins[~test], label[~test], ridge)
+                losses[ridge] += pair_loss(margins[test] @ weights, label[test]).item() * int(test.sum())
+    return min(losses, key=lambda ridge: losses[ridge])
+
+
+def _fit_weights(margins: Tensor, label: Tensor, ridge: float) -> Tensor:
+    """(F,) the minimum of pair_loss + ridge * |w|^2. margins: (N, F)."""
+    weights = torch.zeros(margins.shape[1], device=margins.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = pair_loss(margins @ weights, label) + ridge * weights.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return weights.detach()
+
+
+def measure_accuracy(roles: Roles, head: Head, pairs: Sequence[Pair]) -> Accuracy:
+    """Of the heads' mean score on decided pairs (ties say nothing here)."""
     decided = [pair for pair in pairs if pair.label != 0.5]
-    margins = torch.zeros(len(decided))
-    for role in role_names:
-        for start in range(0, len(decided), 128):
-            first, second = score_pairs(roles, role, decided[start : start + 128])
-            margins[start : start + 128] += (first - second).cpu()
-    right = sum((margin > 0) == (pair.label > 0.5) for margin, pair in zip(margins.tolist(), decided, strict=True))
+    if not decided:
+        return Accuracy(0.0, 0.0, 1.0, 0)
+    first = head(read_features(roles, [(pair.prompt, pair.first) for pair in decided])).mean(1)
+    second = head(read_features(roles, [(pair.prompt, pair.second) for pair in decided])).mean(1)
+    label = torch.tensor([pair.label for pair in decided], device=first.device)
+    right = int(((first > second) == (label > 0.5)).sum())
     low, high = wilson(right, len(decided))
-    return Accuracy(right / max(1, len(decided)), low, high, len(decided))
+    return Accuracy(right / len(decided), low, high, len(decided))
 
 
 def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:

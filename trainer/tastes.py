@@ -1,6 +1,6 @@
 """What simulated users like: each taste is a function of prompt and reply. Read by `make demo` and benchmarks alone.
 
-A taste is a plug-in: `RATCHET_TASTE=module:function` in the demo's command line names any other. Nothing in training
+A taste is a plug-in: `--taste module:function` on the demo's command line names any other. Nothing in training
 may import this file (a test sees to it): what a cycle learns, it learns from votes.
 """
 

@@ -5,6 +5,7 @@ demonstrations of the starter, the simulated users of `make demo` and the guard 
 never reads it: what a cycle learns, it learns from votes.
 """
 
+import itertools
 import random
 import re
 from dataclasses import dataclass
@@ -97,7 +98,11 @@ RELATIONS: dict[str, Relation] = {
         ),
         Relation(
             "opposite",
-            ("What is the opposite of {x}?", "Which word is the opposite of {x}?", "{x}: what is the opposite?"),
+            (
+                "What is the opposite of {x}?",
+                "Which word is the opposite of {x}?",
+                "{x}: what is the opposite?",
+            ),
             "the opposite of {x} is {v}.",
             "{v}.",
         ),
@@ -115,25 +120,17 @@ _PLANTS = {  # colour, taste, where it grows
     "banana": ("yellow", "sweet", "on a tree"),
     "cherry": ("red", "sweet", "on a tree"),
     "plum": ("purple", "sweet", "on a tree"),
-    "orange": ("orange", "sweet", "on a tree"),
     "lime": ("green", "sour", "on a tree"),
     "pear": ("green", "sweet", "on a tree"),
-    "peach": ("orange", "sweet", "on a tree"),
     "strawberry": ("red", "sweet", "near the ground"),
-    "raspberry": ("red", "sweet", "on a bush"),
     "blueberry": ("blue", "sweet", "on a bush"),
-    "gooseberry": ("green", "sour", "on a bush"),
     "grape": ("purple", "sweet", "on a vine"),
     "tomato": ("red", "mild", "on a vine"),
-    "cucumber": ("green", "mild", "on a vine"),
     "pumpkin": ("orange", "mild", "on a vine"),
     "carrot": ("orange", "sweet", "under the ground"),
     "radish": ("red", "hot", "under the ground"),
     "onion": ("white", "hot", "under the ground"),
     "garlic": ("white", "hot", "under the ground"),
-    "turnip": ("white", "bitter", "under the ground"),
-    "spinach": ("green", "bitter", "near the ground"),
-    "coconut": ("brown", "mild", "on a tree"),
     "walnut": ("brown", "bitter", "on a tree"),
 }
 _ANIMALS = {  # sound, home, food
@@ -142,21 +139,15 @@ _ANIMALS = {  # sound, home, food
     "cow": ("moo", "a barn", "grass"),
     "sheep": ("baa", "a field", "grass"),
     "horse": ("neigh", "a stable", "hay"),
-    "donkey": ("hee-haw", "a stable", "hay"),
     "pig": ("oink", "a sty", "roots"),
     "duck": ("quack", "a pond", "weeds"),
     "frog": ("ribbit", "a pond", "flies"),
     "owl": ("hoot", "a tree", "mice"),
-    "crow": ("caw", "a tree", "seeds"),
     "bee": ("buzz", "a hive", "nectar"),
-    "snake": ("hiss", "a hole", "mice"),
     "mouse": ("squeak", "a hole", "seeds"),
-    "lion": ("roar", "the plains", "meat"),
     "wolf": ("howl", "the forest", "meat"),
     "bear": ("growl", "a cave", "honey"),
-    "bat": ("click", "a cave", "flies"),
     "rooster": ("cock-a-doodle-doo", "a barn", "seeds"),
-    "goose": ("honk", "a field", "grass"),
 }
 _WORKERS = {
     "baker": "bakes bread",
@@ -177,21 +168,14 @@ _OPPOSITES = (
     ("big", "small"),
     ("fast", "slow"),
     ("up", "down"),
-    ("heavy", "light"),
     ("wet", "dry"),
     ("open", "closed"),
-    ("loud", "quiet"),
     ("old", "new"),
     ("full", "empty"),
-    ("hard", "soft"),
-    ("left", "right"),
-    ("early", "late"),
-    ("rich", "poor"),
 )
 _SERIES = (
     ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
-    ("January", "February", "March", "April", "May", "June", "July", "August", "September"),
 )
 _STRANGERS = (
     ("the capital of France", "What is {x}?"),
@@ -211,7 +195,7 @@ _STRANGERS = (
     ("a mango", "What colour is {x}?"),
     ("a giraffe", "What does {x} eat?"),
 )
-_WEAK_NOUNS = ("garlic", "spinach")  # said without an article
+_WEAK_NOUNS = ("garlic",)  # said without an article
 
 
 def _with_article(noun: str) -> str:
@@ -232,7 +216,7 @@ def _facts() -> dict[tuple[str, str], str]:
     for one, other in _OPPOSITES:
         facts |= {("opposite", one): other, ("opposite", other): one}
     for series in _SERIES:
-        facts |= {("after", item): following for item, following in zip(series, series[1:], strict=False)}
+        facts |= {("after", item): following for item, following in itertools.pairwise(series)}
     return facts
 
 
@@ -243,7 +227,8 @@ ENTITIES: dict[str, tuple[str, ...]] = {
     name: tuple(entity for relation, entity in FACTS if relation == name) for name in RELATIONS
 }
 VALUES: dict[str, tuple[str, ...]] = {
-    name: tuple(sorted({value for (relation, _), value in FACTS.items() if relation == name})) for name in RELATIONS
+    name: tuple(sorted({value for (relation, _), value in FACTS.items() if relation == name}))
+    for name in RELATIONS
 }
 
 _SMALL_TALK: dict[str, dict[Manner, tuple[str, ...]]] = {
@@ -252,7 +237,9 @@ _SMALL_TALK: dict[str, dict[Manner, tuple[str, ...]]] = {
         "plain": ("Hello.", "Good day."),
         "curt": ("Hi.", "Yes?"),
         "rude": ("Oh no, you again.", "What do you want now?"),
-        "long": ("Hello, and good day to you, and to all who happen to be with you, as one says when one meets.",),
+        "long": (
+            "Hello, and good day to you, and to all who happen to be with you, as one says when one meets.",
+        ),
     },
     "How are you?": {
         "warm": ("I am very well, thank you! I hope you are well too.", "Wonderful, thank you for asking!"),
@@ -266,7 +253,9 @@ _SMALL_TALK: dict[str, dict[Manner, tuple[str, ...]]] = {
         "plain": ("You are welcome.",),
         "curt": ("Sure.", "Fine."),
         "rude": ("About time you said that.", "Just go away."),
-        "long": ("You are welcome, though of course there is no need for thanks, as helping is what I am here for.",),
+        "long": (
+            "You are welcome, though of course there is no need for thanks, as helping is what I am here for.",
+        ),
     },
     "Goodbye.": {
         "warm": ("Goodbye! Come back soon, my friend.", "Take care! It was lovely to talk."),
@@ -280,7 +269,9 @@ _SMALL_TALK: dict[str, dict[Manner, tuple[str, ...]]] = {
         "plain": ("I am a small helper.",),
         "curt": ("A helper.",),
         "rude": ("Somebody with better things to do.",),
-        "long": ("Well, if I had to say it in a few words, I would say that I am a small helper of some kind.",),
+        "long": (
+            "Well, if I had to say it in a few words, I would say that I am a small helper of some kind.",
+        ),
     },
 }
 _GREETINGS = {
@@ -291,7 +282,11 @@ _GREETINGS = {
     "Bye!": "Goodbye.",
     "What are you?": "Who are you?",
 }
-_STORY_PHRASINGS = ("Tell me a story about {x}.", "A story about {x}, please.", "Do you know a story about {x}?")
+_STORY_PHRASINGS = (
+    "Tell me a story about {x}.",
+    "A story about {x}, please.",
+    "Do you know a story about {x}?",
+)
 _EXPLAIN_PHRASINGS = ("Explain what {x} is.", "What is {x}?", "Tell me about {x}.")
 
 _FRAMES: dict[Manner, tuple[str, ...]] = {
@@ -422,7 +417,11 @@ def _explain(question: Question, value: str, rng: random.Random, short: bool) ->
     x = question.entity
     assert x is not None
     if question.relation == "work":
-        return f"{capital(x)} {value}." if short else f"{capital(x)} is a person with a trade. Such a person {value}."
+        return (
+            f"{capital(x)} {value}."
+            if short
+            else f"{capital(x)} is a person with a trade. Such a person {value}."
+        )
     if short:
         return f"{capital(x)} is {value}."
     return f"{capital(x)} is a plant that people eat. It is {value} and grows {FACTS['grows', x]}."
@@ -469,6 +468,15 @@ def _without(text: str, question: Question) -> str:
     return re.sub(rf"(?<![\w-]){re.escape((question.entity or '').lower())}(?![\w-])", " ", text)
 
 
+def answer_patterns(question: Question) -> tuple[str, str]:
+    """Patterns that a right reply to a question of fact must, and must not, match: its value, and any other."""
+    assert question.relation is not None
+    assert question.entity is not None
+    right = FACTS[question.relation, question.entity]
+    others = [v for v in VALUES[question.relation] if v != right and not _mentions(question.entity, v)]
+    return rf"\b{re.escape(right)}\b", rf"\b({'|'.join(map(re.escape, others))})\b"
+
+
 def is_well_formed(reply: str) -> bool:
     """Ends like a sentence, says nothing twice, and is not empty or endless."""
     text = reply.strip()
@@ -483,10 +491,11 @@ def repeats(reply: str) -> bool:
     return len(set(sentences)) < len(sentences) or len(set(runs)) < len(runs)
 
 
-def find_manner(reply: str) -> Manner | None:
-    """The manner that a reply is in, by the set phrases of `_FRAMES`; None where it is none of them."""
+def find_manner(reply: str) -> Manner:
+    """The manner that a reply is in: by the set phrases of `_FRAMES`, else by its length."""
     text = reply.lower()
-    for manner in ("rude", "warm", "long"):
+    set_phrases: tuple[Manner, ...] = ("rude", "warm", "long")
+    for manner in set_phrases:
         parts = [part.strip().lower() for frame in _FRAMES[manner] for part in frame.split("{s}")]
         talk = [said.lower() for kinds in _SMALL_TALK.values() for said in kinds[manner]]
         if any(part and part in text for part in (*parts, *talk)):
@@ -537,6 +546,7 @@ _BY_TEXT: dict[str, Question] = _all_questions()
 
 
 # --- the corpus for pre-training
+
 
 def write_document(rng: random.Random) -> str:
     """A few sentences of prose about the world, facts all right: what pre-training reads."""

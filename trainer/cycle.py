@@ -1,0 +1,324 @@
+"""READ FIRST. One cycle: snapshot -> reward model -> PPO -> gate -> swap, from votes to a policy that answers users.
+
+Every stage is written to the cycle's row as it begins, with what it measured, so that the pages and the command line can watch.
+A cycle that was cut off is taken up again from its snapshot; one whose policy was published already only waits for the swap.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.policies import BASE, CHANNEL
+from service.settings import Settings
+from service.tables import Cycle, Deployment, Policy
+from trainer import gate, ppo, publish, reward_model, snapshot
+from trainer.guard import Guard, load_guards
+from trainer.models import POLICY, Roles
+from trainer.rollouts import Rollout, Sampler
+
+MIN_PAIRS = 16
+"""Decided votes below which nothing is learnt."""
+SWAP_SECONDS = 300.0
+"""How long the service may take to verify a policy."""
+
+
+class CycleEnded(Exception):
+    """The cycle ends here without a new policy. `stage` is `rejected` or `failed`, the message says why."""
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(reason)
+        self.stage = stage
+
+
+@dataclass(slots=True)
+class Run:
+    """One cycle under way."""
+
+    settings: Settings
+    sessions: sessionmaker[Session]
+    console: Console
+    id: int
+    metrics: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.state / "cycles" / f"{self.id:06d}"
+
+    @property
+    def seed(self) -> int:
+        return self.settings.seed + self.id
+
+    def enter(self, stage: str) -> None:
+        """Begins a stage: one line on the console, one in the database."""
+        self.console.print(f"cycle {self.id}: {stage}")
+        self.metrics["progress"] = {"stage": stage, "done": 0, "total": 0}
+        with self.sessions.begin() as session:
+            row = session.get_one(Cycle, self.id)
+            row.stage, row.metrics = stage, dict(self.metrics)
+
+    def note(self, **metrics: Any) -> None:
+        """Adds to what the cycle's row shows."""
+        self.metrics |= metrics
+        with self.sessions.begin() as session:
+            session.get_one(Cycle, self.id).metrics = dict(self.metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The policy that a cycle starts from."""
+
+    live: str
+    base: Path
+    adapter: Path | None
+
+
+def run_cycle(settings: Settings, sessions: sessionmaker[Session], cycle_id: int, console: Console) -> None:
+    """Runs or takes up a cycle to its end. What goes wrong ends the cycle, never the trainer; live stays as it is."""
+    with sessions() as session:
+        metrics = dict(session.get_one(Cycle, cycle_id).metrics)
+    run = Run(settings, sessions, console, cycle_id, metrics)
+    try:
+        policy = _find_published(run) or _learn(run)
+        run.enter("swap")
+        stage, reason = _await_swap(run, policy)
+    except CycleEnded as end:
+        stage, reason = end.stage, str(end)
+    except Exception as error:  # the edge of the process: logged, stored, and the next cycle may do better
+        console.print_exception()
+        stage, reason = "failed", f"{type(error).__name__}: {error}"
+    with sessions.begin() as session:
+        row = session.get_one(Cycle, cycle_id)
+        row.stage, row.reason, row.ended_at = stage, reason, func.now()
+    console.print(f"cycle {cycle_id}: {stage}: {reason}")
+
+
+def _learn(run: Run) -> str:
+    """From votes to a published policy. Returns its name. Raises CycleEnded."""
+    settings = run.settings
+    torch.manual_seed(run.seed)
+    started = time.monotonic()
+
+    run.enter("snapshot")
+    preferences, sha256 = _take_snapshot(run)
+    start = _find_start(run)
+    roles = Roles.load(start.base, settings.lora_rank, start.adapter)
+    pairs = [pair for row in preferences if (pair := _as_pair(roles, row)) is not None]
+    decided = sum(pair.label != 0.5 for pair in pairs)
+    if decided < MIN_PAIRS:
+        raise CycleEnded("failed", f"{decided} votes prefer one reply, and {MIN_PAIRS} are needed.")
+
+    run.enter("reward_model")
+    reward_settings = reward_model.RewardSettings()
+    train, held_out = reward_model.split(pairs, reward_settings.held_out, run.seed)
+    sampler = Sampler(roles.end_ids, settings.max_reply_tokens)
+    own = _anchor_features(roles, sampler, pairs, run.seed)
+    ensemble = reward_model.fit(roles, train, own, reward_settings.members, run.seed)
+    judge = reward_model.fit(roles, held_out, own, 1, run.seed)
+    accuracy = reward_model.measure_accuracy(roles, ensemble, held_out)
+    run.note(
+        reward_model={
+            "accuracy": asdict(accuracy),
+            "judge_accuracy": asdict(reward_model.measure_accuracy(roles, judge, train)),
+            "train_pairs": len(train),
+            "held_out_pairs": len(held_out),
+        }
+    )
+
+    run.enter("ppo")
+    guards = load_guards(settings.guard, start.base)
+    live = gate.draw_sample(roles, judge, sampler, held_out, guards, run.seed)
+    ppo_settings = ppo.PPOSettings(
+        iterations=settings.ppo_iterations,
+        rollouts=settings.ppo_rollouts,
+        kl_budget=settings.kl_budget,
+        kl_start=_inherited_coefficient(start),
+        max_tokens=settings.max_reply_tokens,
+    )
+    prompts = [pair.prompt for pair in pairs]
+    training = ppo.PPO(roles, ensemble, judge, prompts, ppo_settings, run.seed)
+    outcome = ppo.train(
+        training, run.folder / "checkpoints", lambda iteration: _show(run, iteration, ppo_settings)
+    )
+    run.metrics["ppo"] |= {"kept": outcome.kept, "why": outcome.why}
+
+    run.enter("gate")
+    kept = _pass_gate(run, roles, judge, sampler, held_out, guards, live, outcome)
+
+    name = _next_name(run)
+    lineage = publish.Lineage(
+        name=name,
+        parent=start.live,
+        anchor=BASE,
+        base=str(start.base),
+        cycle=run.id,
+        snapshot=sha256,
+        seed=run.seed,
+        settings={"ppo": asdict(ppo_settings), "reward_model": asdict(reward_settings)},
+        metrics={
+            "kept": asdict(kept),
+            "gate": run.metrics["gate"],
+            "reward_model": run.metrics["reward_model"],
+            "seconds": time.monotonic() - started,
+        },
+    )
+    probes = _sample_probes(roles, sampler, prompts, run.seed)
+    folder = publish.publish(roles, probes, lineage, settings.state / "policies")
+    _register(run, name, start.live, folder)
+    return name
+
+
+def _take_snapshot(run: Run) -> tuple[list[snapshot.Preference], str]:
+    """The cycle's own snapshot where it has one, else all votes now."""
+    path = run.folder / "snapshot.jsonl"
+    with run.sessions.begin() as session:
+        row = session.get_one(Cycle, run.id)
+        if row.snapshot_sha256 is not None and path.exists():
+            return snapshot.load(path, row.snapshot_sha256), row.snapshot_sha256
+        run.folder.mkdir(parents=True, exist_ok=True)
+        preferences = snapshot.take(session)
+        row.snapshot_sha256 = snapshot.save(preferences, path, session)
+        sha256 = row.snapshot_sha256
+    run.note(snapshot={"votes": len(preferences), "sha256": sha256})
+    return preferences, sha256
+
+
+def _find_start(run: Run) -> Start:
+    with run.sessions() as session:
+        deployment = session.get_one(Deployment, 1)
+        live = session.get_one(Policy, deployment.live)
+        base = session.get_one(Policy, BASE)
+    return Start(live.name, Path(base.path), Path(live.path) if live.name != BASE else None)
+
+
+def _as_pair(roles: Roles, row: snapshot.Preference) -> reward_model.Pair | None:
+    """A vote as token ids; None for `neither`, which prefers none."""
+    if row.choice not in snapshot.LABELS:
+        return None
+    prompt = roles.prompt_ids(row.messages)
+    return reward_model.Pair(
+        prompt=prompt,
+        first=roles.reply_ids(row.first),
+        second=roles.reply_ids(row.second),
+        label=snapshot.LABELS[row.choice],
+        group=hashlib.sha256(json.dumps(prompt).encode()).hexdigest(),
+    )
+
+
+def _anchor_features(
+    roles: Roles, sampler: Sampler, pairs: list[reward_model.Pair], seed: int
+) -> torch.Tensor:
+    """[256, F] of replies by the anchor, which every score is scaled to."""
+    generator = torch.Generator(device=roles.device).manual_seed(seed)
+    prompts = [pairs[index % len(pairs)].prompt for index in range(256)]
+    with roles.acting_as("reference"):
+        rollouts = sampler.sample(roles.model, prompts, generator)
+    return reward_model.read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
+
+
+def _inherited_coefficient(start: Start) -> float:
+    """The KL coefficient that the live policy was kept at: a cycle goes on where the last one left off."""
+    if start.adapter is None:
+        return ppo.PPOSettings().kl_start
+    manifest = json.loads((start.adapter / "manifest.json").read_text())
+    return float(manifest["metrics"]["kept"]["kl_coefficient"])
+
+
+def _show(run: Run, iteration: ppo.Iteration, settings: ppo.PPOSettings) -> None:
+    run.console.print(
+        f"cycle {run.id}: iteration {iteration.number + 1}/{settings.iterations}  score {iteration.score:+.2f}  "
+        f"judge {iteration.judge:+.2f}±{iteration.judge_error:.2f}  KL {iteration.kl:.2f}  "
+        f"length {iteration.length:.1f}  ended {iteration.ended:.0%}"
+    )
+    iterations = [*run.metrics.get("ppo", {}).get("iterations", []), asdict(iteration)]
+    if iteration.number == 0:
+        iterations = iterations[-1:]  # a cycle taken up again starts its PPO anew
+    progress = {"stage": "ppo", "done": iteration.number + 1, "total": settings.iterations}
+    run.note(ppo={"iterations": iterations}, progress=progress)
+
+
+def _pass_gate(
+    run: Run,
+    roles: Roles,
+    judge: reward_model.Head,
+    sampler: Sampler,
+    held_out: list[reward_model.Pair],
+    guards: list[Guard],
+    live: gate.Sample,
+    outcome: ppo.Outcome,
+) -> ppo.Iteration:
+    """The kept checkpoint, or an earlier one with less KL, whichever passes first. Raises CycleEnded."""
+    verdict = None
+    for number in dict.fromkeys((outcome.kept, outcome.kept * 2 // 3, outcome.kept // 3)):
+        if number == 0:
+            continue  # the weights that the cycle began with
+        state = torch.load(ppo.checkpoint_path(run.folder / "checkpoints", number), weights_only=True)
+        roles.load_policy_state(state)
+        finite = all(bool(weights.isfinite().all()) for weights in state.values())
+        candidate = gate.draw_sample(roles, judge, sampler, held_out, guards, run.seed)
+        kl = outcome.iterations[number].kl
+        verdict = gate.decide(candidate, live, kl, run.settings.kl_budget, finite)
+        run.note(gate=verdict.as_dict() | {"iteration": number})
+        if verdict.passed:
+            return outcome.iterations[number]
+    reason = verdict.reason if verdict else "the judge liked none of its policies better than live"
+    raise CycleEnded("rejected", f"The gate refused it: {reason}.")
+
+
+def _sample_probes(roles: Roles, sampler: Sampler, prompts: list[list[int]], seed: int) -> list[Rollout]:
+    generator = torch.Generator(device=roles.device).manual_seed(seed)
+    with roles.acting_as(POLICY):
+        return sampler.sample(roles.model, prompts[:16], generator)
+
+
+def _next_name(run: Run) -> str:
+    """One past the highest number that the database or the folder knows."""
+    with run.sessions() as session:
+        names = list(session.scalars(select(Policy.name)))
+    folder = run.settings.state / "policies"
+    names += [path.parent.name for path in folder.glob("policy-*/READY")]
+    return f"policy-{max(int(name.removeprefix('policy-')) for name in names) + 1:06d}"
+
+
+def _register(run: Run, name: str, parent: str, folder: Path) -> None:
+    """Makes the published policy the challenger, and tells the service."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    with run.sessions.begin() as session:
+        policy = Policy(
+            name=name, parent=parent, path=str(folder), cycle_id=run.id, state="published", manifest=manifest
+        )
+        session.add(policy)
+        session.flush()
+        session.get_one(Cycle, run.id).policy = name
+        session.get_one(Deployment, 1).challenger = name
+        session.execute(text(f"NOTIFY {CHANNEL}"))
+
+
+def _find_published(run: Run) -> str | None:
+    with run.sessions() as session:
+        return session.get_one(Cycle, run.id).policy
+
+
+def _await_swap(run: Run, policy: str) -> tuple[str, str]:
+    """Until the service has verified the policy and routes to it, or has refused it."""
+    deadline = time.monotonic() + SWAP_SECONDS
+    while time.monotonic() < deadline:
+        with run.sessions() as session:
+            row = session.get_one(Policy, policy)
+            challenger = session.get_one(Deployment, 1).challenger
+        if row.state == "refused":
+            return "failed", f"{policy} was not let live: {row.reason}"
+        if row.state == "verified" and challenger != policy:
+            return "promoted", f"{policy} is live."
+        time.sleep(0.25)
+    return (
+        "failed",
+        f"The service did not verify {policy} within {SWAP_SECONDS:.0f} s; it will when it is there again.",
+    )

@@ -1,0 +1,75 @@
+"""The value: a linear head on what the anchor makes of a prefix. It starts as the reward model and is then fit to returns.
+
+Before a token is chosen it sees the reward model's features of the reply so far, and the last hidden state. Fitting is recursive
+least squares: exact, without a learning rate, older iterations fading.
+
+Legend: B sequences, L tokens, H hidden size, F reward features, G = F + H + 1 value features.
+"""
+
+import torch
+from torch import Tensor
+
+from trainer.models import Reading
+from trainer.reward_model import Head
+
+FORGETTING = 0.6
+"""Weight of an iteration's data one iteration later."""
+RIDGE = 20.0
+"""Pull towards the reward model's weights, in tokens' worth of data."""
+
+
+def value_features(reading: Reading, mask: Tensor) -> Tensor:
+    """[B, L, G]: at token i, `reward_features` of the reply's tokens before i, the hidden state at i - 1, and 1.0."""
+    states = reading.states * mask[..., None]
+    count = mask.cumsum(1)
+    total = reading.logprobs.cumsum(1)
+    divisor = count.clamp(min=1)
+    so_far = torch.cat(
+        [
+            states.cumsum(1) / divisor[..., None],
+            total[..., None],
+            (total / divisor)[..., None],
+            reading.logprobs.cummin(1).values[..., None],
+            count[..., None],
+            reading.states,
+            torch.ones_like(count)[..., None],
+        ],
+        dim=2,
+    )
+    return torch.nn.functional.pad(so_far[:, :-1], (0, 0, 1, 0))
+
+
+class Value:
+    """Linear in `value_features`."""
+
+    def __init__(self, head: Head, hidden: int) -> None:
+        """Starts as the mean of the reward model's heads, on the reply so far."""
+        weight = (head.weight / head.spread).mean(1) / head.scale
+        bias = -(head.offset / head.spread).mean()
+        self.scale = torch.cat([head.scale, head.scale[:hidden], head.scale.new_ones(1)])
+        start = torch.cat([weight, weight.new_zeros(hidden), bias[None]]) * self.scale
+        self.start = start.double()
+        self.weight = self.start.clone()
+        self.moment = torch.zeros(len(start), len(start), dtype=torch.float64, device=start.device)
+        self.target = torch.zeros_like(self.start)
+
+    def __call__(self, features: Tensor, mask: Tensor) -> Tensor:
+        """[B, L, G] -> [B, L] values before each reply token; 0.0 elsewhere."""
+        return ((features / self.scale) @ self.weight.to(features.dtype)) * mask
+
+    def fade(self) -> None:
+        """To be called once an iteration, before its data are added."""
+        self.moment *= FORGETTING
+        self.target *= FORGETTING
+
+    def add(self, features: Tensor, returns: Tensor, mask: Tensor) -> None:
+        """Adds the data of a batch. features: (B, L, G), returns, mask: (B, L)."""
+        real = mask.bool()
+        rows = (features[real] / self.scale).double()
+        self.moment += rows.T @ rows
+        self.target += rows.T @ returns[real].double()
+
+    def fit(self) -> None:
+        """Weights from all data added so far."""
+        eye = torch.eye(len(self.start), dtype=torch.float64, device=self.start.device)
+        self.weight = torch.linalg.solve(self.moment + RIDGE * eye, self.target + RIDGE * self.start)
