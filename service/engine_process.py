@@ -7,8 +7,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
-
 from service.policies import BASE
 from service.settings import Settings
 
@@ -16,10 +14,10 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The adapter ranks that vLLM can be told to take."""
 MOST_SEQUENCES = 16
 """Largest `n` of one request to the engine."""
-CACHE_GIB = (1, 8)
-"""Least and most memory for the CPU engine's KV cache."""
-MEMORY_PER_CACHE = 8
-"""The CPU engine's KV cache takes one part in this many of the free memory."""
+CACHE_GIB = 1
+"""Memory for the CPU engine's KV cache. Each further one adds some seconds to every start."""
+STOP_SECONDS = 5.0
+"""A clean end takes half a second; while it loads the engine ignores requests to end."""
 TYPICAL_START_SECONDS = 30.0
 """From start to the first answer with a small model on two cores; only the progress bar reads it."""
 
@@ -57,12 +55,10 @@ def engine_command(settings: Settings, model: Path) -> list[str]:
 
 def engine_environment() -> dict[str, str]:
     """What an engine needs in its environment, on top of ours."""
-    least, most = CACHE_GIB
-    free_gib = psutil.virtual_memory().available / 2**30
     return {
         # vLLM's own binding leaves one of two cores idle: 3 times slower.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": str(int(min(most, max(least, free_gib / MEMORY_PER_CACHE)))),
+        "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_MAX_N_SEQUENCES": str(MOST_SEQUENCES),
         "VLLM_NO_USAGE_STATS": "1",

@@ -3,14 +3,14 @@
 Why no ready-made runner: honcho starts all its commands at once (the service needs the database first), hangs
 when a process that relays for it is killed, and leaves everything running when it is killed itself;
 supervisord does too, and is a daemon driven over RPC. What is needed is small over `subprocess` and psutil:
-each part is a session of its own, so that whatever it starts is found by the session's id, and the kernel
-signals it when this process is killed.
+each part is a session of its own, so that whatever it starts is found by the session's id; `run.json` says which
+sessions those are, so that `guardian.py`, or the next start, can end them should this process be killed.
 """
 
 import os
-import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -49,18 +49,22 @@ class Part:
 
 
 class Mark(BaseModel):
-    """What tells a process from a later one with the same pid."""
+    """A part that runs: how to end it, and what tells it from a later process with the same pid."""
 
     name: str
     pid: int
+    """Also the id of its session."""
     created: float
     """Seconds since 1970, as psutil gives it."""
+    stop_signal: int
+    stop_seconds: float
 
 
 class Record(BaseModel):
-    """What runs now, in `run.json`: so that the next start can end it, should this one be killed."""
+    """What `run.json` holds: all that runs now, in the order of starting."""
 
     boot: str
+    """Pids of before a reboot mean nothing."""
     parts: list[Mark]
 
 
@@ -77,8 +81,9 @@ class Runner:
 
     def __init__(self, state: Path) -> None:
         self._state = state
-        self._running: dict[str, tuple[Part, subprocess.Popen[bytes]]] = {}
-        self._marks: dict[str, Mark] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._marks: list[Mark] = []
+        self._guardian: subprocess.Popen[bytes] | None = None
         self._requests_to_stop = 0
 
     def request_stop(self) -> None:
@@ -86,11 +91,13 @@ class Runner:
         self._requests_to_stop += 1
 
     def start(self, part: Part) -> None:
-        """Start a part, with its output going to its log. Call from the main thread (see `_tied_to_us`)."""
+        """Start a part, its output going to its log. Raises as `check` does."""
         self.check()
+        if self._guardian is None:
+            self._guardian = _start_guardian(self._state)
         with _open_log(self._state, part.name) as log:
             process = subprocess.Popen(
-                [*_tied_to_us(part.stop_signal), *part.command],
+                part.command,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **part.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -98,19 +105,15 @@ class Runner:
                 cwd=part.folder,
                 start_new_session=True,
             )
-        self._running[part.name] = (part, process)
-        created = psutil.Process(process.pid).create_time()
-        self._marks[part.name] = Mark(name=part.name, pid=process.pid, created=created)
-        _write_record(self._state, list(self._marks.values()))
-
-    def is_alive(self, name: str) -> bool:
-        return self._running[name][1].poll() is None
+        self._processes[part.name] = process
+        self._marks.append(_mark(part, process.pid))
+        _write_record(self._state, self._marks)
 
     def check(self) -> None:
         """Raises Interrupted on a request to stop, PartEnded where a part has ended, with any status."""
         if self._requests_to_stop:
             raise Interrupted
-        for name, (_, process) in self._running.items():
+        for name, process in self._processes.items():
             if process.poll() is not None:
                 raise PartEnded(describe_end(name, process.returncode, log_path(self._state, name)))
 
@@ -122,7 +125,7 @@ class Runner:
 
     def run(self, command: list[str]) -> int:
         """Run a command to its end, on our console; its exit status. Raises as `check` does."""
-        with subprocess.Popen([*_tied_to_us(signal.SIGTERM), *command], start_new_session=True) as process:
+        with subprocess.Popen(command, start_new_session=True) as process:
             try:
                 self.wait_for(lambda: process.poll() is not None)
             except BaseException:
@@ -132,41 +135,51 @@ class Runner:
 
     def stop(self) -> None:
         """End all parts, the last started first, and whatever they started."""
-        for name in reversed(list(self._running)):
-            part, process = self._running.pop(name)
-            _signal(process.pid, part.stop_signal)
-            deadline = time.monotonic() + part.stop_seconds
-            while process.poll() is None and time.monotonic() < deadline and self._requests_to_stop < 2:
-                time.sleep(POLL_SECONDS)
-            end_session(process.pid)
+        end_parts(self._marks, is_hurried=lambda: self._requests_to_stop > 1)
+        for process in self._processes.values():
             process.wait()
         (self._state / RECORD).unlink(missing_ok=True)
+        if self._guardian is not None:
+            self._guardian.communicate()
+        self._processes, self._marks, self._guardian = {}, [], None
+
+
+def end_parts(marks: list[Mark], is_hurried: Callable[[], bool] = lambda: False) -> list[str]:
+    """Ask one part after the other to end, the last started first, and kill what is left. Names of those that ran."""
+    ended = []
+    for mark in reversed(marks):
+        if _is_reused(mark) or not _members(mark.pid):
+            continue
+        ended.append(mark.name)
+        _signal(mark.pid, mark.stop_signal)
+        deadline = time.monotonic() + mark.stop_seconds
+        while not _is_gone(mark.pid) and time.monotonic() < deadline and not is_hurried():
+            time.sleep(POLL_SECONDS)
+        end_session(mark.pid)
+    return ended
 
 
 def end_leftovers(state: Path) -> list[str]:
     """End what a killed run left running; the names of those parts. Does nothing after a reboot."""
     path = state / RECORD
     try:
-        record = Record.model_validate_json(path.read_bytes())
+        text = path.read_text()
+        record = Record.model_validate_json(text)
     except (OSError, ValueError):
         return []
-    ended = []
-    if record.boot == BOOT_ID.read_text():
-        ended = [mark.name for mark in record.parts if not _is_reused(mark) and end_session(mark.pid)]
-    path.unlink()
+    ended = end_parts(record.parts) if record.boot == BOOT_ID.read_text() else []
+    if path.exists() and path.read_text() == text:  # else a new run has written its own meanwhile
+        path.unlink()
     return ended
 
 
-def end_session(session: int) -> bool:
-    """SIGKILL every process of a session; whether there was one. Returns when all are gone."""
+def end_session(session: int) -> None:
+    """SIGKILL every process of a session. Returns when all are gone."""
     deadline = time.monotonic() + KILL_SECONDS
-    found = False
     while (members := _members(session)) and time.monotonic() < deadline:
-        found = True
         for pid in members:
             _signal(pid, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
-    return found
 
 
 def log_path(state: Path, name: str) -> Path:
@@ -185,6 +198,23 @@ def describe_end(name: str, status: int, log: Path) -> str:
     return "\n".join([f"{name} {how}. The end of {log}:", *(f"  {line}" for line in lines)])
 
 
+def _start_guardian(state: Path) -> "subprocess.Popen[bytes]":
+    """The parts do not inherit our end of its pipe, so that it closes with us."""
+    command = [sys.executable, "-m", "service.guardian", str(state)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _mark(part: Part, pid: int) -> Mark:
+    created = psutil.Process(pid).create_time()
+    return Mark(
+        name=part.name,
+        pid=pid,
+        created=created,
+        stop_signal=part.stop_signal,
+        stop_seconds=part.stop_seconds,
+    )
+
+
 def _open_log(state: Path, name: str) -> IO[bytes]:
     path = log_path(state, name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,13 +229,6 @@ def _write_record(state: Path, marks: list[Mark]) -> None:
     new.replace(state / RECORD)
 
 
-def _tied_to_us(number: signal.Signals) -> list[str]:
-    """The words before a command that have the kernel send it `number` when our thread ends."""
-    if shutil.which("setpriv") is None:  # then only the next start ends what our being killed would leave
-        return []
-    return ["setpriv", f"--pdeathsig={number.name.removeprefix('SIG')}"]
-
-
 def _is_reused(mark: Mark) -> bool:
     """Whether the pid is another process's by now. (A session's id is not given out while a member lives.)"""
     try:
@@ -217,7 +240,7 @@ def _is_reused(mark: Mark) -> bool:
 
 def _members(session: int) -> list[int]:
     """The living processes of a session; zombies are nobody's business but their parent's."""
-    return [pid for pid in psutil.pids() if _session_of(pid) == session and not _is_zombie(pid)]
+    return [pid for pid in psutil.pids() if _session_of(pid) == session and not _is_gone(pid)]
 
 
 def _session_of(pid: int) -> int | None:
@@ -227,14 +250,14 @@ def _session_of(pid: int) -> int | None:
         return None
 
 
-def _is_zombie(pid: int) -> bool:
+def _is_gone(pid: int) -> bool:
     try:
         status: str = psutil.Process(pid).status()
     except psutil.NoSuchProcess:
         return True
-    return status == "zombie"
+    return bool(status == psutil.STATUS_ZOMBIE)
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
+def _signal(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from service import base_model, embedded, preflight, schema
 from service.database import sync_engine, sync_sessions
-from service.engine_process import TYPICAL_START_SECONDS, engine_command, engine_environment
+from service.engine_process import STOP_SECONDS, TYPICAL_START_SECONDS, engine_command, engine_environment
 from service.errors import SettingsError
 from service.policies import ensure_base
 from service.processes import Interrupted, Part, PartEnded, Runner, end_leftovers, log_path
@@ -63,7 +63,7 @@ def _run(settings: Settings, console: Console) -> int:
         except Interrupted:
             console.print("Stopping.")
         except PartEnded as end:
-            console.print(end.message, markup=False)
+            console.print(end.message, markup=False, soft_wrap=True)
             status = STATUS_PART_ENDED
         finally:
             runner.stop()
@@ -137,7 +137,7 @@ def _prepare_model(settings: Settings, runner: Runner) -> Path:
 
 
 def _engine(settings: Settings, model: Path) -> Part:
-    return Part("engine", engine_command(settings, model), engine_environment())
+    return Part("engine", engine_command(settings, model), engine_environment(), stop_seconds=STOP_SECONDS)
 
 
 def _start_database(settings: Settings, runner: Runner) -> None:
@@ -167,7 +167,7 @@ def _prepare_database(settings: Settings, model: Path) -> None:
 def _wait_until_ready(settings: Settings, runner: Runner, console: Console, began: float) -> None:
     """Wait for /readyz with a bar: the time so far against what a small model takes."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("engine and service", total=TYPICAL_START_SECONDS)
 
         def is_ready() -> bool:

@@ -1,8 +1,7 @@
-"""Fixtures that more than one file of tests uses: a real PostgreSQL, and a free port."""
+"""Fixtures that more than one file of tests uses: a real PostgreSQL, and an environment without settings."""
 
 import itertools
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from sqlalchemy import URL
 from service import embedded, schema
 from service.database import database_url
 from service.settings import Settings, get_settings
+from tests.engine import free_port
 
 TEMPLATE = "ratchet_template"
 NUMBERS = itertools.count(1)
@@ -28,13 +28,6 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     get_settings.cache_clear()
     yield
     get_settings.cache_clear()
-
-
-def free_port() -> int:
-    """A port of loopback that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
