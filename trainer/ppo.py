@@ -255,11 +255,13 @@ def whiten_together(minibatches: Sequence[Minibatch]) -> None:
     """`ppo_math.whiten` of the advantages, over minibatches of different lengths together."""
     flat = torch.cat([part.advantages[part.mask.bool()] for part in minibatches])[None]
     white = ppo_math.whiten(flat, torch.ones_like(flat))[0]
-    for part, values in zip(
-        minibatches, white.split([int(part.mask.sum()) for part in minibatches]), strict=True
-    ):
+    start = 0
+    for part in minibatches:
+        real = part.mask.bool()
+        end = start + int(real.sum())
         part.advantages = torch.zeros_like(part.mask)
-        part.advantages[part.mask.bool()] = values
+        part.advantages[real] = white[start:end]
+        start = end
 
 
 @dataclass(frozen=True, slots=True)

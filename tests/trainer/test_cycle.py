@@ -1,0 +1,253 @@
+"""A whole cycle on a real PostgreSQL with a tiny model, and how cycles begin, end badly, and are taken up again."""
+
+import json
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from sqlalchemy import select
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.database import sync_engine, sync_sessions
+from service.policies import BASE, ensure_base, read_folder
+from service.settings import Settings
+from service.tables import (
+    Comparison,
+    ComparisonReply,
+    Cycle,
+    Deployment,
+    Policy,
+    Prompt,
+    Reply,
+    Snapshot,
+    User,
+    Vote,
+)
+from tests.tiny_model import make_model
+from trainer import cycle, gate, snapshot
+from trainer.__main__ import find_trigger
+
+pytestmark = pytest.mark.database
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def settings(database: Settings) -> Settings:
+    small = {"ppo_iterations": 3, "ppo_rollouts": 8, "max_reply_tokens": 8, "lora_rank": 4}
+    return database.model_copy(update=small)
+
+
+@pytest.fixture
+def sessions(settings: Settings, base: Path) -> sessionmaker[Session]:
+    made = sync_sessions(sync_engine(settings))
+    with made.begin() as session:
+        ensure_base(session, str(base))
+    return made
+
+
+def add_votes(sessions: sessionmaker[Session], count: int, choice: str | None = None) -> None:
+    """Votes by one user who likes "yes" and dislikes "no", shown in either order."""
+    with sessions.begin() as session:
+        user = session.scalar(select(User)) or User(name="ann")
+        session.add(user)
+        session.flush()
+        for _ in range(count):
+            prompt = Prompt(user_id=user.id, messages=[{"role": "user", "content": "Is it so?"}])
+            session.add(prompt)
+            session.flush()
+            number = prompt.id
+            prompt.messages = [{"role": "user", "content": f"Is it so, {number}?"}]
+            session.add(
+                Comparison(
+                    id=f"cmp-{number}", prompt_id=number, user_id=user.id, reason="always", propensity=1.0
+                )
+            )
+            texts = ["yes yes", "no"] if number % 2 else ["no", "yes yes"]
+            for position, text in enumerate(texts):
+                reply_id = f"chatcmpl-{number}-{position}"
+                session.add(
+                    Reply(
+                        id=reply_id,
+                        prompt_id=number,
+                        policy=BASE,
+                        sampling={},
+                        content=text,
+                        finish_reason="stop",
+                    )
+                )
+                session.flush()
+                session.add(
+                    ComparisonReply(comparison_id=f"cmp-{number}", position=position, reply_id=reply_id)
+                )
+            vote = choice or ("first" if number % 2 else "second")
+            session.add(Vote(comparison_id=f"cmp-{number}", user_id=user.id, choice=vote, tags=[]))
+
+
+def request_cycle(sessions: sessionmaker[Session]) -> int:
+    with sessions.begin() as session:
+        row = Cycle(trigger="operator", stage="requested")
+        session.add(row)
+        session.flush()
+        return row.id
+
+
+def run(settings: Settings, sessions: sessionmaker[Session], cycle_id: int) -> Cycle:
+    cycle.run_cycle(settings, sessions, cycle_id, QUIET)
+    with sessions() as session:
+        return session.get_one(Cycle, cycle_id)
+
+
+def accept_challengers(sessions: sessionmaker[Session]) -> threading.Thread:
+    """Stands in for the service: verifies the next challenger and flips the pointer."""
+
+    def watch() -> None:
+        for _ in range(600):
+            time.sleep(0.1)
+            with sessions.begin() as session:
+                deployment = session.get_one(Deployment, 1)
+                if deployment.challenger is not None:
+                    session.get_one(Policy, deployment.challenger).state = "verified"
+                    deployment.previous, deployment.live = deployment.live, deployment.challenger
+                    deployment.challenger = None
+                    return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+@pytest.fixture
+def _open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model learns nothing that a gate would let pass."""
+    passing = gate.Check("test", 1.0, 1.0, True, "let pass")
+    monkeypatch.setattr(gate, "decide", lambda *_, **__: gate.Verdict([passing]))
+    monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: len(iterations) - 1)
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_votes_become_a_live_policy_with_its_whole_lineage(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_votes(sessions, 40)
+    service = accept_challengers(sessions)
+    ended = run(settings, sessions, request_cycle(sessions))
+    service.join()
+    assert (ended.stage, ended.reason) == ("promoted", "policy-000001 is live.")
+    with sessions() as session:
+        policy = session.get_one(Policy, "policy-000001")
+        assert session.get_one(Deployment, 1).live == policy.name
+        taken = session.get_one(Snapshot, ended.snapshot_sha256)
+        assert taken.vote_ids == list(session.scalars(select(Vote.id).order_by(Vote.id)))
+    manifest = read_folder(policy.name, Path(policy.path))  # READY, and every sha256
+    assert manifest.probe
+    kept = json.loads((Path(policy.path) / "manifest.json").read_text())
+    assert (kept["parent"], kept["anchor"], kept["snapshot"]) == (BASE, BASE, taken.sha256)
+    assert ended.metrics["reward_model"]["accuracy"]["share"] == 1.0
+    assert len(ended.metrics["ppo"]["iterations"]) == 3
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_the_next_cycle_starts_from_the_live_policy(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_votes(sessions, 30)
+    for parent in (BASE, "policy-000001"):
+        service = accept_challengers(sessions)
+        ended = run(settings, sessions, request_cycle(sessions))
+        service.join()
+        with sessions() as session:
+            assert session.get_one(Policy, ended.policy).parent == parent
+
+
+@pytest.mark.parametrize(
+    ("count", "choice", "reason"),
+    [
+        (0, None, "0 votes prefer one reply"),
+        (1, None, "1 votes"),
+        (40, "tie", "0 votes"),
+        (40, "neither", "0 votes"),
+    ],
+)
+def test_too_little_to_learn_from_ends_the_cycle_with_a_reason(
+    settings: Settings, sessions: sessionmaker[Session], count: int, choice: str | None, reason: str
+) -> None:
+    add_votes(sessions, count, choice)
+    ended = run(settings, sessions, request_cycle(sessions))
+    assert ended.stage == "failed"
+    assert reason in (ended.reason or "")
+    assert ended.ended_at is not None
+    assert not list(settings.state.glob("policies/*"))
+
+
+def test_a_policy_that_the_gate_refuses_is_not_published(
+    settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = gate.Check("guard", 0.5, 0.6, False, "")
+    monkeypatch.setattr(gate, "decide", lambda *_, **__: gate.Verdict([failing]))
+    monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: 2)
+    add_votes(sessions, 30)
+    ended = run(settings, sessions, request_cycle(sessions))
+    assert (ended.stage, ended.reason) == ("rejected", "The gate refused it: guard 0.500 (needs 0.600).")
+    with sessions() as session:
+        assert session.get_one(Deployment, 1).challenger is None
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_a_cycle_that_was_cut_off_goes_on_from_its_own_snapshot(
+    settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_votes(sessions, 30)
+    cycle_id = request_cycle(sessions)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr("trainer.ppo.PPO.iterate", die)
+        with pytest.raises(KeyboardInterrupt):
+            cycle.run_cycle(settings, sessions, cycle_id, QUIET)
+    add_votes(sessions, 5)
+    service = accept_challengers(sessions)
+    ended = run(settings, sessions, cycle_id)
+    service.join()
+    assert ended.stage == "promoted"
+    assert ended.metrics["snapshot"]["votes"] == 30
+
+
+def test_a_snapshot_that_was_changed_is_refused(settings: Settings, sessions: sessionmaker[Session]) -> None:
+    add_votes(sessions, 2)
+    path = settings.state / "snapshot.jsonl"
+    with sessions.begin() as session:
+        sha256 = snapshot.save(snapshot.take(session), path, session)
+    assert [row.choice for row in snapshot.load(path, sha256)] == ["first", "second"]
+    path.write_text(path.read_text().replace("yes", "yep"))
+    with pytest.raises(ValueError, match="sha256 differs"):
+        snapshot.load(path, sha256)
+
+
+def test_what_starts_a_cycle(settings: Settings, sessions: sessionmaker[Session]) -> None:
+    settings = settings.model_copy(update={"cycle_votes": 10, "cycle_min_votes": 3, "cycle_hours": 2.0})
+    now = datetime.now(UTC)
+    later = now + timedelta(hours=3)
+
+    def trigger(at: datetime) -> str | None:
+        with sessions() as session:
+            return find_trigger(session, settings, at)
+
+    assert trigger(later) is None
+    add_votes(sessions, 2)
+    assert trigger(later) is None
+    add_votes(sessions, 1)
+    assert (trigger(now), trigger(later)) == (None, "clock")
+    add_votes(sessions, 7)
+    assert trigger(now) == "votes"
+    request_cycle(sessions)
+    assert trigger(later) is None
