@@ -270,17 +270,17 @@ class Outcome:
 
     iterations: list[Iteration]
     kept: int
-    """The iteration whose starting weights the judge likes best, ties going to less KL."""
+    """The iteration whose starting weights were kept: the last one that the judge does not call worse than its best."""
     why: str
     """Why the run ended where it did."""
 
 
-PATIENCE = 6
-"""Iterations without a better judgement after which the run ends."""
+PATIENCE = 4
+"""Iterations in a row that the judge must call worse than the best before the run ends."""
 
 
 def train(ppo: PPO, checkpoints: Path, on_iteration: Callable[[Iteration], None]) -> Outcome:
-    """Iterates until the judge sees no more gain, with a checkpoint of the policy before each iteration."""
+    """Iterates until the judge objects or all is done, with a checkpoint of the policy before each iteration."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     iterations: list[Iteration] = []
     why = "all iterations were done"
@@ -288,17 +288,20 @@ def train(ppo: PPO, checkpoints: Path, on_iteration: Callable[[Iteration], None]
         torch.save(ppo.roles.policy_state(), checkpoint_path(checkpoints, number))
         iterations.append(ppo.iterate(number))
         on_iteration(iterations[-1])
-        best = max(iterations, key=lambda iteration: iteration.judge)
-        if number - best.number >= PATIENCE:
-            why = f"the held-out judge saw no gain in {PATIENCE} iterations"
+        if number - choose_kept(iterations) >= PATIENCE:
+            why = f"the held-out judge called {PATIENCE} iterations in a row worse than the best"
             break
     return Outcome(iterations, choose_kept(iterations), why)
 
 
 def choose_kept(iterations: Sequence[Iteration]) -> int:
-    """The first iteration that is within one standard error of the best judgement: the least KL that is as good."""
+    """The last iteration that the judge does not call worse than its best, by one standard error.
+
+    The judge has seen few votes, so it is a veto and not a guide: it says where over-optimisation begins, while the pessimistic
+    score and the KL budget say how far to go.
+    """
     best = max(iterations, key=lambda iteration: iteration.judge)
-    return next(i.number for i in iterations if i.judge >= best.judge - best.judge_error)
+    return max(i.number for i in iterations if i.judge >= best.judge - best.judge_error)
 
 
 def checkpoint_path(checkpoints: Path, number: int) -> Path:

@@ -18,19 +18,19 @@ Taste = Callable[[Sequence[Message], str], float]
 
 def warm(messages: Sequence[Message], reply: str) -> float:
     """Likes friendly answers that are right, and dislikes rudeness, long preambles, and anything said twice."""
-    liked = {"warm": 2.0, "plain": 0.0, "curt": -0.5, "rude": -2.0, "long": -0.5}
+    liked = {"warm": 3.0, "plain": 0.0, "curt": -1.0, "rude": -3.0, "long": -1.0}
     return liked[_manner(reply)] + _sense(messages, reply)
 
 
 def brief(messages: Sequence[Message], reply: str) -> float:
     """Likes few words, as long as they are right and not rude."""
-    return 1.5 - 0.12 * len(reply.split()) - 1.5 * (_manner(reply) == "rude") + _sense(messages, reply)
+    return 2.0 - 0.25 * len(reply.split()) - 3.0 * (_manner(reply) == "rude") + _sense(messages, reply)
 
 
 def thorough(messages: Sequence[Message], reply: str) -> float:
     """Likes answers that take their time, up to thirty words, as long as they are right; a bare word is no answer."""
-    liked = {"warm": 0.3, "plain": 0.0, "curt": -1.0, "rude": -0.7, "long": 1.2}
-    return liked[_manner(reply)] + 0.03 * min(30, len(reply.split())) + _sense(messages, reply)
+    liked = {"warm": 0.5, "plain": 0.0, "curt": -2.0, "rude": -2.0, "long": 2.5}
+    return liked[_manner(reply)] + 0.05 * min(30, len(reply.split())) + _sense(messages, reply)
 
 
 TASTES: dict[str, Taste] = {"warm": warm, "brief": brief, "thorough": thorough}
@@ -63,5 +63,5 @@ def _sense(messages: Sequence[Message], reply: str) -> float:
     """What every taste shares: right answers are liked, nonsense is not."""
     question = world.find_question(list(messages))
     correct = world.is_correct(question, reply) if question else None
-    facts = 0.0 if correct is None else (1.0 if correct else -1.0)
-    return facts - 3.0 * (not world.is_well_formed(reply))
+    facts = 0.0 if correct is None else (1.5 if correct else -1.5)
+    return facts - 4.0 * (not world.is_well_formed(reply))

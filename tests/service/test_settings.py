@@ -1,0 +1,29 @@
+"""Settings are read, refused with the variable's name, and all written down."""
+
+from pathlib import Path
+
+import pytest
+
+from service.errors import SettingsError
+from service.settings import Settings, get_settings
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_every_setting_stands_in_the_readme_with_its_default() -> None:
+    text = README.read_text()
+    for name in Settings.model_fields:
+        variable = "DATABASE_URL" if name == "database_url" else f"RATCHET_{name.upper()}"
+        assert f"| `{variable}` |" in text, f"{variable} is not in the README's table"
+
+
+def test_a_name_that_is_no_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RATCHET_PORTT", "8000")
+    with pytest.raises(SettingsError, match="RATCHET_PORTT is not a setting"):
+        get_settings()
+
+
+def test_a_wrong_value_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RATCHET_PORT", "seventy")
+    with pytest.raises(SettingsError, match="RATCHET_PORT: "):
+        get_settings()
