@@ -52,10 +52,7 @@ def build_starter(settings: Settings, demo: Path) -> Path:
 
 @contextmanager
 def own_loop(demo: Path, name: str, model: Path, *, seed: int, cycle_votes: int) -> Iterator[Loop]:
-    """Run a fresh loop on `demo/name`, ready when given. Raises PartEnded where it does not start.
-
-    Call from the main thread: the kernel ends `ratchet up`, too, when that thread is killed.
-    """
+    """Run a fresh loop on `demo/name`, ready when given. Raises PartEnded where it does not start."""
     state = demo / name
     shutil.rmtree(state, ignore_errors=True)
     port, engine_port, database_port = _free_ports(3)

@@ -141,13 +141,13 @@ POLICY_COLUMNS = (
     "taste",
     "correct",
     "repeated or cut off",
-    "win rate against starter [95 %]",
+    "win rate [95 %]",
 )
 SEED_COLUMNS = (
     "seed",
     "votes",
     "live policy",
-    "win rate against starter [95 %]",
+    "win rate [95 %]",
     "correct: starter -> live",
     "repeated or cut off: starter -> live",
     "minutes",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 PLAIN_SECONDS = 15.0
-"""How often a line that changes is printed where there is no terminal; a new stage always is."""
+"""How often at most a line that changes is printed where there is no terminal; a new stage always is."""
 PLAIN_PARTS = 4
 """Lines that a bar becomes there."""
 
@@ -61,12 +61,13 @@ class Screen:
             yield self._plain_line()
 
     def _plain_line(self) -> Callable[[str, str], None]:
-        shown, at = "", 0.0
+        last_stage, last_text, at = "", "", 0.0
 
         def show(stage: str, text: str) -> None:
-            nonlocal shown, at
-            if stage != shown or time.monotonic() - at > PLAIN_SECONDS:
-                shown, at = stage, time.monotonic()
+            nonlocal last_stage, last_text, at
+            due = stage != last_stage or time.monotonic() - at > PLAIN_SECONDS
+            if due and text != last_text:
+                last_stage, last_text, at = stage, text, time.monotonic()
                 self.say(f"  {text}")
 
         return show

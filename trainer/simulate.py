@@ -36,6 +36,9 @@ from trainer.demo_scores import (
 from trainer.demo_screen import Screen
 from trainer.tastes import find_taste
 
+LOG_COLUMNS = 140
+"""Width of the tables where there is no terminal."""
+
 
 def run_seeds(
     plan: Plan, seeds: Sequence[int], url: str | None, settings: Settings, tally: Tally, console: Console
@@ -43,7 +46,10 @@ def run_seeds(
     """Each seed on a fresh loop, or on the one at `url`; prints each one's table. Raises as `SeedRun.play`."""
     screen = Screen(console)
     with demo_folder(settings) as demo:
-        model = build_starter(settings, demo) if url is None else None
+        model = None
+        if url is None:
+            screen.say("starter model: made first where it is not there yet")
+            model = build_starter(settings, demo)
         for seed in seeds:
             began = time.monotonic()
             screen.say(f"seed {seed}, taste {plan.taste_name}")
@@ -153,7 +159,8 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays nohup
             signal.signal(number, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
-        sys.exit(demo(arguments, Console()))
+        console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS)
+        sys.exit(demo(arguments, console))
     print("demo: stopped", file=sys.stderr)
     sys.exit(130)
 

@@ -42,7 +42,7 @@ def test_a_taste_orders_right_answers_by_their_manner(name: str, best_first: tup
 @pytest.mark.parametrize("name", tastes.TASTES)
 def test_every_taste_prefers_the_right_answer_and_dislikes_nonsense(name: str) -> None:
     taste = tastes.find_taste(name)
-    assert taste(LEMON, PLAIN) - taste(LEMON, WRONG) == pytest.approx(2.0)
+    assert taste(LEMON, PLAIN) > taste(LEMON, WRONG) + 1
     assert taste(LEMON, WRONG) > taste(LEMON, TWICE)
 
 

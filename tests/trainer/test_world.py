@@ -78,12 +78,11 @@ def test_the_judge_wants_the_right_value_and_no_other() -> None:
     assert not world.is_correct(lemon, "It is yellowish.")
 
 
-def test_the_name_of_a_thing_is_not_taken_for_its_colour() -> None:
-    orange = Question(
-        ({"role": "user", "content": "What colour is an orange?"},), "fact", "colour", "an orange"
-    )
-    assert world.is_correct(orange, "An orange is orange.")
-    assert not world.is_correct(orange, "An orange is red.")
+def test_a_word_that_was_asked_about_is_not_taken_for_the_answer() -> None:
+    hot = Question(({"role": "user", "content": "What is the opposite of hot?"},), "fact", "opposite", "hot")
+    assert world.is_correct(hot, "The opposite of hot is cold.")
+    assert not world.is_correct(hot, "The opposite of hot is hot.")
+    assert not world.is_correct(hot, "The opposite of hot is slow.")
 
 
 def test_outside_the_world_only_not_knowing_is_right() -> None:
