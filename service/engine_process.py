@@ -62,6 +62,8 @@ def engine_environment() -> dict[str, str]:
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_MAX_N_SEQUENCES": str(MOST_SEQUENCES),
         "VLLM_NO_USAGE_STATS": "1",
+        # Without it the first request for log-probabilities, which is a probe, waits 22 s for a compiler on the CPU.
+        **({} if has_gpu_build() else {"TORCH_COMPILE_DISABLE": "1"}),
         "VLLM_LOGGING_COLOR": "0",
         "HF_HUB_OFFLINE": "1",  # the model is always a folder here
     }

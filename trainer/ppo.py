@@ -38,7 +38,11 @@ class PPOSettings:
     """Passes over an iteration's rollouts."""
     minibatch: int = 64
     """Sequences in an optimiser step."""
-    learning_rate: float = 1e-3
+    learning_rate_times_width: float = 0.4
+    """Learning rate times hidden size: 2e-3 at 192, 1e-4 at 4096."""
+    warmup: int = 3
+    """Iterations over which the learning rate rises to its full: a fresh Adam takes steps of full size in any direction, which has
+    ruined a policy that was good already, and the value has to be fit first."""
     clip: float = 0.2
     discount: float = 1.0
     trace: float = 0.95
@@ -130,8 +134,12 @@ class PPO:
         self.rng = random.Random(seed)
         self.kl_coefficient = settings.kl_start
         self.value = Value(ensemble, roles.hidden_size)
+        self.learning_rate = settings.learning_rate_times_width / roles.hidden_size
         self.optimizer = torch.optim.AdamW(
-            roles.policy_parameters(), lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.95)
+            roles.policy_parameters(),
+            lr=self.learning_rate,
+            weight_decay=0.0,
+            betas=(0.9, 0.95),
         )
 
     def iterate(self, number: int) -> Iteration:
@@ -158,6 +166,7 @@ class PPO:
         whiten_together(minibatches)
 
         # 5. a few passes of clipped updates of the policy; the value is fit to the returns
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, number / settings.warmup)
         clipped = [
             self._update(part)
             for _ in range(settings.epochs)
@@ -234,7 +243,7 @@ class PPO:
             "score": joined([pessimistic(part, self.settings) for part in minibatches]).mean().item(),
             "judge": judged.mean().item(),
             "judge_error": judged.std().item() / math.sqrt(num_replies),
-            "disagreement": joined([part.scores.std(1) for part in minibatches]).mean().item(),
+            "disagreement": joined([disagreement(part) for part in minibatches]).mean().item(),
             "kl": kl / num_replies,
             "entropy": -sum(part.old.sum().item() for part in minibatches) / num_tokens,
             "length": num_tokens / num_replies,
@@ -243,12 +252,15 @@ class PPO:
         }
 
 
+def disagreement(part: Minibatch) -> Tensor:
+    """[B] standard deviation among the ensemble's heads; 0.0 where there is but one."""
+    return part.scores.std(1) if part.scores.shape[1] > 1 else torch.zeros_like(part.ended)
+
+
 def pessimistic(part: Minibatch, settings: PPOSettings) -> Tensor:
     """[B] ensemble mean less its disagreement, less a penalty where the end is missing."""
-    doubt = part.scores.std(1) if part.scores.shape[1] > 1 else 0.0
-    return (
-        part.scores.mean(1) - settings.disagreement * doubt - settings.missing_end_penalty * (1 - part.ended)
-    )
+    score = part.scores.mean(1) - settings.disagreement * disagreement(part)
+    return score - settings.missing_end_penalty * (1 - part.ended)
 
 
 def whiten_together(minibatches: Sequence[Minibatch]) -> None:

@@ -67,5 +67,5 @@ def test_a_guard_set_is_read_or_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="RATCHET_GUARD: there is no file"):
         load_guards(tmp_path / "none.jsonl", tmp_path)
     (tmp_path / "guard.jsonl").write_text('{"messages": [], "right": "a"}\n')
-    with pytest.raises(SettingsError, match="RATCHET_GUARD: guard.jsonl is not a guard set"):
+    with pytest.raises(SettingsError, match=r"RATCHET_GUARD: guard\.jsonl is not"):
         load_guards(None, tmp_path)

@@ -1,0 +1,109 @@
+"""The loop on a tiny model: unchanged weights have ratio 1, a reward is learnt, and what is kept follows the judge."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_model import make_model
+from trainer import ppo, reward_model
+from trainer.models import POLICY, Batch, Roles
+from trainer.ppo import PPO, Iteration, NonFinite, PPOSettings, choose_kept
+from trainer.reward_model import Head
+from trainer.rollouts import Sampler
+
+SETTINGS = PPOSettings(iterations=14, rollouts=64, minibatch=16, max_tokens=8, kl_start=0.01, kl_budget=50.0)
+
+
+@pytest.fixture
+def roles(tmp_path: Path) -> Roles:
+    torch.manual_seed(0)
+    return Roles.load(make_model(tmp_path), rank=4)
+
+
+def start(roles: Roles, settings: PPOSettings = SETTINGS) -> PPO:
+    """PPO for a reward that likes what the anchor finds likely, which any model can learn."""
+    prompts = [roles.prompt_ids([{"role": "user", "content": text}]) for text in ("lemon", "colour?")]
+    features = reward_model.read_features(
+        roles, [(prompt, [40 + n, 60, 1]) for n, prompt in enumerate(prompts)]
+    )
+    weight = torch.zeros(features.shape[1], 1)
+    weight[-3] = 1.0  # the mean log-probability
+    head = Head(torch.ones(features.shape[1]), weight, torch.tensor([-4.0]), torch.tensor([0.5]))
+    return PPO(roles, head, head, prompts, settings, seed=0)
+
+
+def test_unchanged_weights_have_a_ratio_of_exactly_one(roles: Roles) -> None:
+    batch = Batch.collate([([5, 6], [7, 8, 1]), ([5], [9, 1])], roles.pad_id, roles.device)
+    with torch.no_grad():
+        assert torch.equal(roles.logprobs(batch), roles.logprobs(batch))
+        assert torch.equal(roles.logprobs(batch), roles.read(batch).logprobs)  # a new adapter changes nothing
+
+
+def test_logprobs_agree_with_the_models_own_loss(roles: Roles) -> None:
+    prompt, reply = [5, 6, 7], [40, 41, 1]
+    batch = Batch.collate([(prompt, reply), (prompt * 3, reply)], roles.pad_id, roles.device)
+    labels = torch.tensor([[-100] * 3 + reply])
+    with torch.no_grad(), roles.acting_as(POLICY):
+        loss = roles.model(input_ids=torch.tensor([prompt + reply]), labels=labels).loss
+        total = roles.logprobs(batch)[0].sum()
+    assert total.item() == pytest.approx(-3 * loss.item(), rel=2e-2)
+
+
+def test_the_samplers_logprobs_are_the_trainers(roles: Roles) -> None:
+    sampler = Sampler(roles.end_ids, max_tokens=8)
+    with roles.acting_as(POLICY):
+        rollouts = sampler.sample(roles.model, [[5, 6, 7], [9]], torch.Generator().manual_seed(1))
+    for rollout in rollouts:
+        batch = Batch.collate([(rollout.prompt_ids, rollout.reply_ids)], roles.pad_id, roles.device)
+        with torch.no_grad():
+            again = roles.logprobs(batch)[0, len(rollout.prompt_ids) :]
+        torch.testing.assert_close(again, torch.tensor(rollout.logprobs), atol=0.1, rtol=0.05)
+
+
+def test_a_reward_is_learnt_and_the_anchor_stays_as_it_is(roles: Roles, tmp_path: Path) -> None:
+    before = {
+        name: weights.clone() for name, weights in roles.model.named_parameters() if ".policy." not in name
+    }
+    outcome = ppo.train(start(roles), tmp_path / "checkpoints", lambda _: None)
+    assert outcome.iterations[0].kl == 0.0
+    assert outcome.iterations[-1].score > outcome.iterations[0].score + 0.3
+    assert outcome.iterations[-1].kl > 0.01
+    assert all(
+        torch.equal(weights, before[name])
+        for name, weights in roles.model.named_parameters()
+        if name in before
+    )
+
+
+def test_the_same_seed_gives_the_same_policy(tmp_path: Path) -> None:
+    base = make_model(tmp_path)
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        roles = Roles.load(base, rank=4)
+        start(roles).iterate(0)
+        states.append(roles.policy_state())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_loss_that_is_no_number_ends_the_run(roles: Roles) -> None:
+    training = start(roles)
+    training.ensemble = replace(training.ensemble, offset=torch.tensor([float("nan")]))
+    with pytest.raises(NonFinite, match="loss became nan"):
+        training.iterate(0)
+
+
+def judged(*scores: float) -> list[Iteration]:
+    empty = Iteration(0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0, 0, 0)
+    return [replace(empty, number=number, judge=score) for number, score in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"), [((0.0, 0.5, 0.9), 2), ((0.0, 0.9, 0.85), 2), ((0.0, 0.9, 0.6, 0.5), 1), ((0.0,), 0)]
+)
+def test_the_last_policy_that_the_judge_does_not_call_worse_is_kept(
+    scores: tuple[float, ...], kept: int
+) -> None:
+    assert choose_kept(judged(*scores)) == kept
