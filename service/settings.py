@@ -68,13 +68,13 @@ class Settings(BaseSettings):
     seed: int = 0
     """Seed of the starter and of every cycle (a cycle adds its number)."""
     threads: int = Field(0, ge=0)
-    """CPU threads of the trainer; 0 takes all cores."""
+    """CPU threads of the trainer; 0 takes all cores but one, which is left to the users' replies."""
     guard: Path | None = None
     """File of the guard set (JSON lines, see `trainer/guard.py`); unset: `guard.jsonl` in the model's folder, if any."""
     max_reply_tokens: int = Field(64, ge=1)
     """Longest reply in tokens that the trainer samples."""
-    ppo_iterations: int = Field(24, ge=1)
-    """Most PPO iterations in a cycle; it stops before where the judge sees no more gain."""
+    ppo_iterations: int = Field(30, ge=1)
+    """Most PPO iterations in a cycle; it stops before where the judge objects."""
     ppo_rollouts: int = Field(256, ge=8)
     """Replies sampled in an iteration."""
     kl_budget: float = Field(5.0, gt=0)

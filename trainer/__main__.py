@@ -79,7 +79,7 @@ def main() -> None:
         check_connection(settings)
     except SettingsError as error:
         sys.exit(f"ratchet: {error.message}")
-    torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+    torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) - 1))
     engine = sync_engine(settings)
     console = Console(width=160, highlight=False)
     scheduler = BlockingScheduler()

@@ -23,8 +23,8 @@ from trainer.tastes import Taste
 NUM_USERS = 8
 NUM_GENTLE = 2
 """Users that chat while a cycle trains: few, as the machine's two cores are training."""
-GENTLE_PAUSE_SECONDS = 1.5
-FOLLOW_SECONDS = 0.3
+GENTLE_PAUSE_SECONDS = 4.0
+FOLLOW_SECONDS = 1.0
 BEGIN_SECONDS = 120.0
 """Within which a cycle must have begun once its votes are there."""
 CYCLE_SECONDS = 3600.0

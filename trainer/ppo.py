@@ -31,7 +31,7 @@ class NonFinite(RuntimeError):
 class PPOSettings:
     """How the policy is trained. One default for every model, taste and seed."""
 
-    iterations: int = 25
+    iterations: int = 30
     rollouts: int = 256
     """Replies sampled in an iteration."""
     epochs: int = 3
