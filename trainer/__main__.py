@@ -3,6 +3,7 @@
 Leadership is a PostgreSQL advisory lock on a connection of its own: it is gone when the process is, so a second trainer takes over.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -82,6 +83,7 @@ def main() -> None:
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) - 1))
     engine = sync_engine(settings)
     console = Console(width=160, highlight=False)
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # ticks skipped while a cycle runs are no news
     scheduler = BlockingScheduler()
     scheduler.add_job(
         tick,
