@@ -4,7 +4,6 @@ Candidate and live policy answer the same prompts (held-out votes' prompts and t
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from trainer.guard import Guard
 from trainer.models import POLICY, Batch, Roles
+from trainer.repetition import repeats
 from trainer.reward_model import Head, Pair, read_features
-from trainer.rollouts import Rollout, Sampler
+from trainer.rollouts import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def draw_sample(
             roles.model, [roles.prompt_ids(guard.messages) for guard in guards], generator
         )
     everything = [*rollouts, *guarded]
-    texts = [decode(roles, rollout) for rollout in everything]
+    texts = [roles.decode(rollout.reply_ids) for rollout in everything]
     right = [guard.passes(text) for guard, text in zip(guards, texts[len(rollouts) :], strict=True)]
     features = read_features(roles, [(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts])
     return Sample(
@@ -105,7 +105,7 @@ def decide(candidate: Sample, live: Sample, kl: float, kl_budget: float, finite:
         _at_least("guard", candidate.right, live.right, "share of the guard set answered right"),
         _at_least("ended", candidate.ended, live.ended - 0.01, "share of replies that end by themselves"),
         _at_most(
-            "repeated", candidate.repeated, live.repeated + 0.01, "share of replies that repeat themselves"
+            "repeated", candidate.repeated, live.repeated + 0.005, "share of replies that repeat themselves"
         ),
         _at_most("length", candidate.length, 2.0 * live.length, "mean reply length, tokens"),
         _at_most("kl", kl, 1.5 * kl_budget, "KL to the anchor, nats per reply"),
@@ -133,16 +133,3 @@ def _preference(roles: Roles, pairs: Sequence[Pair]) -> Tensor:
 
     chosen = total(lambda pair: pair.first if pair.label > 0.5 else pair.second)
     return chosen - total(lambda pair: pair.second if pair.label > 0.5 else pair.first)
-
-
-def decode(roles: Roles, rollout: Rollout) -> str:
-    """The reply as text."""
-    text: str = roles.tokenizer.decode(rollout.reply_ids, skip_special_tokens=True)
-    return text
-
-
-def repeats(text: str) -> bool:
-    """Whether any run of four words comes twice."""
-    words = re.findall(r"[\w'-]+", text.lower())
-    runs = [tuple(words[start : start + 4]) for start in range(len(words) - 3)]
-    return len(set(runs)) < len(runs)

@@ -115,6 +115,11 @@ class Roles(nn.Module):
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids, self.end_ids[0]]
 
+    def decode(self, reply_ids: list[int]) -> str:
+        """A reply as text, without its end token."""
+        text: str = self.tokenizer.decode(reply_ids, skip_special_tokens=True)
+        return text
+
     def policy_parameters(self) -> list[nn.Parameter]:
         """The adapter's weights: all that PPO trains of the model."""
         return [parameter for name, parameter in self.model.named_parameters() if f".{POLICY}." in name]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer import ppo_math
 from trainer.models import POLICY, Batch, Roles
+from trainer.repetition import repeats
 from trainer.reward_model import Head, reward_features
 from trainer.rollouts import Rollout, Sampler
 from trainer.value import Value, value_features
@@ -53,8 +54,8 @@ class PPOSettings:
     """KL to the anchor at the end of the run, in nats per reply."""
     disagreement: float = 0.5
     """Weight of the ensemble's standard deviation, taken off the mean score."""
-    missing_end_penalty: float = 2.0
-    """Taken off the score of a reply that was cut off, in standard deviations of the reward."""
+    fault_penalty: float = 2.0
+    """Taken off the score of a reply that was cut off or repeats itself, in standard deviations of the reward."""
     max_tokens: int = 64
     """Longest reply, end token included."""
     temperature: float = 1.0
@@ -81,6 +82,8 @@ class Iteration:
     """Mean reply length in tokens."""
     ended: float
     """Share of replies that ended by themselves."""
+    repeated: float
+    """Share of replies that say a run of words twice."""
     clipped: float
     """Share of tokens whose update was clipped."""
     value_explained: float
@@ -104,6 +107,8 @@ class Minibatch:
     """[B] by the judge."""
     ended: Tensor
     """[B] 1.0 where the reply ended by itself."""
+    repeated: Tensor
+    """[B] 1.0 where the reply says a run of words twice."""
     advantages: Tensor
     returns: Tensor
 
@@ -209,6 +214,10 @@ class PPO:
             scores=self.ensemble(reward),
             judged=self.judge(reward).mean(1),
             ended=torch.tensor([float(rollout.ended) for rollout in rollouts], device=batch.ids.device),
+            repeated=torch.tensor(
+                [float(repeats(roles.decode(rollout.reply_ids))) for rollout in rollouts],
+                device=batch.ids.device,
+            ),
             advantages=empty,
             returns=empty,
         )
@@ -248,6 +257,7 @@ class PPO:
             "entropy": -sum(part.old.sum().item() for part in minibatches) / num_tokens,
             "length": num_tokens / num_replies,
             "ended": joined([part.ended for part in minibatches]).mean().item(),
+            "repeated": joined([part.repeated for part in minibatches]).mean().item(),
             "value_explained": (1 - (returns - values).var() / returns.var().clamp(min=1e-8)).item(),
         }
 
@@ -258,9 +268,9 @@ def disagreement(part: Minibatch) -> Tensor:
 
 
 def pessimistic(part: Minibatch, settings: PPOSettings) -> Tensor:
-    """[B] ensemble mean less its disagreement, less a penalty where the end is missing."""
+    """[B] ensemble mean less its disagreement, less a penalty for a missing end and one for repetition."""
     score = part.scores.mean(1) - settings.disagreement * disagreement(part)
-    return score - settings.missing_end_penalty * (1 - part.ended)
+    return score - settings.fault_penalty * (1 - part.ended + part.repeated)
 
 
 def whiten_together(minibatches: Sequence[Minibatch]) -> None:
@@ -287,8 +297,10 @@ class Outcome:
     """Why the run ended where it did."""
 
 
-PATIENCE = 4
+PATIENCE = 5
 """Iterations in a row that the judge must call worse than the best before the run ends."""
+OBJECTION = 2.0
+"""Standard errors below its best at which the judge calls a policy worse: the best of many noisy numbers is flattered."""
 
 
 def train(ppo: PPO, checkpoints: Path, on_iteration: Callable[[Iteration], None]) -> Outcome:
@@ -307,13 +319,13 @@ def train(ppo: PPO, checkpoints: Path, on_iteration: Callable[[Iteration], None]
 
 
 def choose_kept(iterations: Sequence[Iteration]) -> int:
-    """The last iteration that the judge does not call worse than its best, by one standard error.
+    """The last iteration that the judge does not call worse than its best.
 
     The judge has seen few votes, so it is a veto and not a guide: it says where over-optimisation begins, while the pessimistic
     score and the KL budget say how far to go.
     """
     best = max(iterations, key=lambda iteration: iteration.judge)
-    return max(i.number for i in iterations if i.judge >= best.judge - best.judge_error)
+    return max(i.number for i in iterations if i.judge >= best.judge - OBJECTION * best.judge_error)
 
 
 def checkpoint_path(checkpoints: Path, number: int) -> Path:

@@ -99,7 +99,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--taste", default="warm", help="warm, brief, thorough, or module:function")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run for each")
-    parser.add_argument("--votes", type=int, default=450, help="votes in a run")
+    parser.add_argument("--votes", type=int, default=480, help="votes in a run")
     parser.add_argument("--cycles", type=int, default=2, help="training cycles in a run")
     parser.add_argument("--evaluate", type=int, default=400, help="questions that each policy is scored on")
     parser.add_argument(

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from service.errors import SettingsError
-from trainer.gate import Sample, decide, repeats
+from trainer.gate import Sample, decide
 from trainer.guard import Guard, load_guards
+from trainer.repetition import repeats
 
 LIVE = Sample(
     judged=torch.linspace(-1, 1, 100),

@@ -96,12 +96,12 @@ def test_a_loss_that_is_no_number_ends_the_run(roles: Roles) -> None:
 
 
 def judged(*scores: float) -> list[Iteration]:
-    empty = Iteration(0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0, 0, 0)
+    empty = Iteration(0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     return [replace(empty, number=number, judge=score) for number, score in enumerate(scores)]
 
 
 @pytest.mark.parametrize(
-    ("scores", "kept"), [((0.0, 0.5, 0.9), 2), ((0.0, 0.9, 0.85), 2), ((0.0, 0.9, 0.6, 0.5), 1), ((0.0,), 0)]
+    ("scores", "kept"), [((0.0, 0.5, 0.9), 2), ((0.0, 0.9, 0.75), 2), ((0.0, 0.9, 0.6, 0.5), 1), ((0.0,), 0)]
 )
 def test_the_last_policy_that_the_judge_does_not_call_worse_is_kept(
     scores: tuple[float, ...], kept: int
