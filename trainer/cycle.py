@@ -21,7 +21,7 @@ from service.settings import Settings
 from service.tables import Cycle, Deployment, Policy
 from trainer import gate, ppo, publish, reward_model, snapshot
 from trainer.guard import Guard, load_guards
-from trainer.models import POLICY, Roles
+from trainer.models import POLICY, REFERENCE, Roles
 from trainer.rollouts import Rollout, Sampler
 
 MIN_PAIRS = 16
@@ -218,7 +218,7 @@ def _anchor_features(
     """[256, F] of replies by the anchor, which every score is scaled to."""
     generator = torch.Generator(device=roles.device).manual_seed(seed)
     prompts = [pairs[index % len(pairs)].prompt for index in range(256)]
-    with roles.acting_as("reference"):
+    with roles.acting_as(REFERENCE):
         rollouts = sampler.sample(roles.model, prompts, generator)
     return reward_model.read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
 
