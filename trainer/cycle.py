@@ -118,6 +118,12 @@ def _learn(run: Run) -> str:
     run.enter("reward_model")
     reward_settings = reward_model.RewardSettings()
     train, held_out = reward_model.split(pairs, reward_settings.held_out, run.seed)
+    if not _any_decided(train) or not _any_decided(held_out):
+        prompts_voted = len({pair.group for pair in pairs})
+        raise CycleEnded(
+            "failed",
+            f"The votes are on {prompts_voted} prompts: too few to hold some out and learn from the rest.",
+        )
     sampler = Sampler(roles.end_ids, settings.max_reply_tokens)
     own = _anchor_features(roles, sampler, pairs, run.seed)
     ensemble = reward_model.fit(roles, train, own, reward_settings.members, run.seed)
@@ -173,6 +179,10 @@ def _learn(run: Run) -> str:
     folder = publish.publish(roles, probes, lineage, settings.state / "policies")
     _register(run, name, start.live, folder)
     return name
+
+
+def _any_decided(pairs: list[reward_model.Pair]) -> bool:
+    return any(pair.label != 0.5 for pair in pairs)
 
 
 def _take_snapshot(run: Run) -> tuple[list[snapshot.Preference], str]:

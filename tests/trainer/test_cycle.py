@@ -187,6 +187,20 @@ def test_too_little_to_learn_from_ends_the_cycle_with_a_reason(
     assert not list(settings.state.glob("policies/*"))
 
 
+def test_votes_on_one_prompt_alone_cannot_be_judged(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_votes(sessions, 20)
+    with sessions.begin() as session:
+        for prompt in session.scalars(select(Prompt)):
+            prompt.messages = [{"role": "user", "content": "Is it so?"}]
+    ended = run(settings, sessions, request_cycle(sessions))
+    assert (ended.stage, ended.reason) == (
+        "failed",
+        "The votes are on 1 prompts: too few to hold some out and learn from the rest.",
+    )
+
+
 def test_a_policy_that_the_gate_refuses_is_not_published(
     settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
