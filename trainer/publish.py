@@ -16,7 +16,6 @@ import torch
 from trainer.models import POLICY, Batch, Roles
 from trainer.rollouts import Rollout
 
-WEIGHTS = "adapter_model.safetensors"
 NUM_PROBES = 4
 PROBE_TOLERANCE = 0.15
 """Nats per token, mean absolute. Measured between the CPU engine (bfloat16) and the trainer: .01 to .07 with the right weights,

@@ -3,7 +3,7 @@
 Legend: B sequences, P prompt tokens, T reply tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,6 @@ class Sampler:
         model: PreTrainedModel,
         prompts: Sequence[list[int]],
         generator: torch.Generator,
-        progress: Callable[[int], None] | None = None,
     ) -> list[Rollout]:
         """One reply to each prompt, in the order given. Prompts of like length are batched, so that padding is little."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -51,8 +50,6 @@ class Sampler:
             indices = order[start : start + self.batch_size]
             batch = self._sample_batch(model, [prompts[index] for index in indices], generator)
             rollouts |= dict(zip(indices, batch, strict=True))
-            if progress:
-                progress(len(batch))
         return [rollouts[index] for index in range(len(prompts))]
 
     def _sample_batch(
