@@ -11,6 +11,7 @@ from rich.table import Table
 
 from trainer import world
 from trainer.demo_client import Reply
+from trainer.repetition import repeats
 from trainer.tastes import Taste
 
 Z_95 = 1.959964
@@ -103,7 +104,7 @@ def score(
 
 def is_spoilt(reply: Reply) -> bool:
     """Whether a reply says something twice, or did not come to its own end."""
-    return reply.finish_reason != "stop" or world.repeats(reply.text)
+    return reply.finish_reason != "stop" or repeats(reply.text)
 
 
 def _win_rate(

@@ -4,10 +4,13 @@ import re
 
 RUN = 4
 """Words in a run."""
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def repeats(text: str) -> bool:
-    """Whether any run of four words comes twice."""
-    words = re.findall(r"[\w'-]+", text.lower())
+    """Whether a sentence, or any run of four words, comes twice."""
+    text = text.lower().strip()
+    sentences = SENTENCE_END.split(text)
+    words = re.findall(r"[\w'-]+", text)
     runs = [tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1)]
-    return len(set(runs)) < len(runs)
+    return len(set(sentences)) < len(sentences) or len(set(runs)) < len(runs)

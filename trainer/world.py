@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from service.tables import Message
+from trainer.repetition import repeats
 
 Manner = Literal["warm", "plain", "curt", "rude", "long"]
 MANNERS: tuple[Manner, ...] = ("warm", "plain", "curt", "rude", "long")
@@ -429,8 +430,6 @@ def _explain(question: Question, value: str, rng: random.Random, short: bool) ->
 
 # --- the judge
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -481,14 +480,6 @@ def is_well_formed(reply: str) -> bool:
     """Ends like a sentence, says nothing twice, and is not empty or endless."""
     text = reply.strip()
     return bool(text) and text[-1] in ".!?" and len(text.split()) <= 60 and not repeats(text)
-
-
-def repeats(reply: str) -> bool:
-    """Whether a sentence, or any run of four words, comes twice."""
-    sentences = [part.lower() for part in _SENTENCE_END.split(reply.strip())]
-    words = re.findall(r"[\w'-]+", reply.lower())
-    runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return len(set(sentences)) < len(sentences) or len(set(runs)) < len(runs)
 
 
 def find_manner(reply: str) -> Manner:

@@ -9,7 +9,6 @@ import torch
 from service.errors import SettingsError
 from trainer.gate import Sample, decide
 from trainer.guard import Guard, load_guards
-from trainer.repetition import repeats
 
 LIVE = Sample(
     judged=torch.linspace(-1, 1, 100),
@@ -49,11 +48,6 @@ def test_each_check_refuses_by_itself(change: dict[str, object], check: str) -> 
 def test_kl_past_its_budget_and_broken_weights_are_refused() -> None:
     assert failed(BETTER, kl=8.0) == ["kl"]
     assert failed(BETTER, finite=False) == ["finite"]
-
-
-def test_repeats_are_runs_of_four_words() -> None:
-    assert repeats("Have a nice day! Have a nice day!")
-    assert not repeats("A bee says buzz, and a bee says hum.")
 
 
 def test_a_guard_needs_its_right_and_forbids_its_wrong() -> None:

@@ -91,21 +91,6 @@ def test_outside_the_world_only_not_knowing_is_right() -> None:
     assert not world.is_correct(stranger, "A quark is yellow.")
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("A lemon is yellow.", False),
-        ("A lemon is yellow. a lemon is yellow.", True),
-        ("It is and it was and it is and it was so.", True),
-        ("Have a nice day! Have a nice day!", True),
-        ("", False),
-        ("one two three four", False),
-    ],
-)
-def test_a_sentence_or_four_words_said_twice_are_a_repetition(reply: str, expected: bool) -> None:
-    assert world.repeats(reply) is expected
-
-
 @pytest.mark.parametrize("reply", ["", "A lemon is", "word " * 61 + "end.", "Yes. Yes."])
 def test_what_is_empty_unended_endless_or_said_twice_is_not_well_formed(reply: str) -> None:
     assert not world.is_well_formed(reply)
