@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     DateTime,
     Float,
@@ -20,6 +21,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     func,
+    true,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -36,6 +38,7 @@ CYCLE_STAGES = (
     "rejected",
     "failed",
 )
+ROLES = ("user", "labeler", "operator")
 POLICY_STATES = ("published", "verified", "rejected", "refused")
 
 
@@ -72,12 +75,43 @@ class Table(DeclarativeBase):
 
 
 class User(Table):
-    """Somebody who chats and votes, by the name that the client gives in OpenAI's field `user`."""
+    """Somebody who chats and votes: an account (whose key it is; empty without keys), and in it the name
+    that the client gives in OpenAI's field `user`."""
 
     __tablename__ = "users"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    name: Mapped[str] = mapped_column(unique=True)
+    account: Mapped[str] = mapped_column(server_default="")
+    name: Mapped[str]
+    compares: Mapped[bool] = mapped_column(Boolean, server_default=true())
+    """False: opted out of comparisons that the service chooses to show."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (UniqueConstraint("account", "name"),)
+
+
+class Key(Table):
+    """An API key, stored as its hash. What it may do is its role; whose it is, its account."""
+
+    __tablename__ = "keys"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    account: Mapped[str]
+    role: Mapped[str]
+    sha256: Mapped[str] = mapped_column(unique=True)
+    hint: Mapped[str]
+    """Its first characters, to tell keys apart."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    __table_args__ = (_one_of("role", ROLES, "role"),)
+
+
+class Conversation(Table):
+    """Turns that belong together: each a prompt that names it. Begun and deleted by its owner."""
+
+    __tablename__ = "conversations"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (Index(None, "user_id", "created_at"),)
 
 
 class Prompt(Table):
@@ -86,8 +120,10 @@ class Prompt(Table):
     __tablename__ = "prompts"
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
+    conversation_id: Mapped[str | None] = mapped_column(ForeignKey("conversations.id"))
     messages: Mapped[list[Any]]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (Index(None, "conversation_id", "id", postgresql_where="conversation_id IS NOT NULL"),)
 
 
 class Policy(Table):
@@ -126,7 +162,10 @@ class Reply(Table):
     __tablename__ = "replies"
     id: Mapped[str] = mapped_column(primary_key=True)
     prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"), index=True)
-    policy: Mapped[str] = mapped_column(ForeignKey("policies.name"), index=True)
+    policy: Mapped[str | None] = mapped_column(ForeignKey("policies.name"), index=True)
+    """Null where it was imported: it is of no policy of this service."""
+    imported_policy: Mapped[str | None]
+    """What an import called the policy or model that wrote it."""
     sampling: Mapped[dict[str, Any]]
     content: Mapped[str | None]
     """Null until the reply has ended; a failed or aborted one keeps what had come."""
@@ -138,18 +177,36 @@ class Reply(Table):
     ended_at: Mapped[datetime | None]
 
 
+class Import(Table):
+    """A file that an operator brought in: where imported comparisons and demonstrations come from."""
+
+    __tablename__ = "imports"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    name: Mapped[str]
+    format: Mapped[str]
+    sha256: Mapped[str]
+    """Of the file as it came."""
+    num_rows: Mapped[int] = mapped_column(Integer)
+    num_new: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (UniqueConstraint("format", "sha256"),)
+
+
 class Comparison(Table):
-    """One prompt with two replies shown to one user, why it was shown and with what probability."""
+    """One prompt with two or more replies shown to one user, why it was shown and with what probability."""
 
     __tablename__ = "comparisons"
     id: Mapped[str] = mapped_column(primary_key=True)
     prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"), index=True)
-    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
     reason: Mapped[str]
-    """`always`: the client asked. `auto`: drawn at the base rate."""
+    """`always`: the client asked. `auto`: drawn at the base rate. `evaluation`: of the uniform slice, which no
+    cap touches. `labeler`: made to be ranked. `import`: from a file."""
     propensity: Mapped[float]
     """Probability with which this comparison was shown, in (0, 1]."""
+    import_id: Mapped[int | None] = mapped_column(ForeignKey("imports.id"), index=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (Index(None, "user_id", "created_at"),)
 
 
 class ComparisonReply(Table):
@@ -176,14 +233,86 @@ class Vote(Table):
     __table_args__ = (UniqueConstraint("comparison_id", "user_id"), _one_of("choice", CHOICES, "choice"))
 
 
+class Ranking(Table):
+    """A labeler's ordering of a comparison's replies, ties allowed. One per user and comparison."""
+
+    __tablename__ = "rankings"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    comparison_id: Mapped[str] = mapped_column(ForeignKey("comparisons.id"))
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
+    ranks: Mapped[list[Any]]
+    """Element i is the rank of the reply at position i: 1 is best, equal ranks are ties."""
+    comment: Mapped[str | None]
+    tags: Mapped[list[Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (UniqueConstraint("comparison_id", "user_id"),)
+
+
+class FeedbackEvent(Table):
+    """The history of votes and rankings: one row for each time that one was given, revised or undone."""
+
+    __tablename__ = "feedback_events"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    comparison_id: Mapped[str] = mapped_column(ForeignKey("comparisons.id"))
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
+    kind: Mapped[str]
+    action: Mapped[str]
+    content: Mapped[dict[str, Any]]
+    """The vote or ranking as it was from then on; when undone, as it was until then."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (
+        Index(None, "comparison_id", "user_id"),
+        _one_of("kind", ("vote", "ranking"), "kind"),
+        _one_of("action", ("given", "revised", "undone"), "action"),
+    )
+
+
+class Demonstration(Table):
+    """A reply to a prompt that a person wrote, or corrected from one of ours."""
+
+    __tablename__ = "demonstrations"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    prompt_id: Mapped[int] = mapped_column(ForeignKey("prompts.id"), index=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    content: Mapped[str]
+    corrected: Mapped[str | None]
+    """The text that it corrects: kept, as the reply itself may be deleted by its owner."""
+    corrects: Mapped[str | None] = mapped_column(ForeignKey("replies.id", ondelete="SET NULL"), index=True)
+    comment: Mapped[str | None]
+    tags: Mapped[list[Any]]
+    import_id: Mapped[int | None] = mapped_column(ForeignKey("imports.id"), index=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (Index(None, "user_id", "created_at"),)
+
+
+class IdempotentCall(Table):
+    """A call that carried `Idempotency-Key`, and its answer, so that a repeated call does nothing new."""
+
+    __tablename__ = "idempotent_calls"
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request_sha256: Mapped[str]
+    """Of method, path and body."""
+    answer: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now(), index=True)
+
+
 class Snapshot(Table):
     """The exact, hashed set of votes that a cycle trained on; its content lies in the cycle's folder."""
 
     __tablename__ = "snapshots"
     sha256: Mapped[str] = mapped_column(primary_key=True)
     num_votes: Mapped[int] = mapped_column(Integer)
-    vote_ids: Mapped[list[Any]]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class SnapshotVote(Table):
+    """One vote of a snapshot. No foreign key to the vote: it stays on record when its user is removed."""
+
+    __tablename__ = "snapshot_votes"
+    sha256: Mapped[str] = mapped_column(ForeignKey("snapshots.sha256"), primary_key=True)
+    vote_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, index=True)
 
 
 class Cycle(Table):

@@ -9,7 +9,17 @@ from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
-from service.tables import Comparison, ComparisonReply, Message, Prompt, Reply, Snapshot, User, Vote
+from service.tables import (
+    Comparison,
+    ComparisonReply,
+    Message,
+    Prompt,
+    Reply,
+    Snapshot,
+    SnapshotVote,
+    User,
+    Vote,
+)
 
 LABELS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 """Probability that the first reply is better. `neither` prefers none of the two and is not trained on."""
@@ -21,12 +31,13 @@ class Preference:
 
     vote_id: int
     user: str
+    """`account/name`."""
     messages: list[Message]
     first: str
     second: str
     choice: str
-    policies: list[str]
-    """Of the first and of the second reply."""
+    policies: list[str | None]
+    """Of the first and of the second reply; null where it was imported."""
 
 
 def take(session: Session) -> list[Preference]:
@@ -34,7 +45,7 @@ def take(session: Session) -> list[Preference]:
     position0, position1 = aliased(ComparisonReply), aliased(ComparisonReply)
     reply0, reply1 = aliased(Reply), aliased(Reply)
     rows = session.execute(
-        select(Vote, User.name, Prompt.messages, reply0, reply1)
+        select(Vote, User.account + "/" + User.name, Prompt.messages, reply0, reply1)
         .join(Comparison, Comparison.id == Vote.comparison_id)
         .join(User, User.id == Vote.user_id)
         .join(Prompt, Prompt.id == Comparison.prompt_id)
@@ -67,12 +78,12 @@ def save(preferences: list[Preference], path: Path, session: Session) -> str:
     partial.write_bytes(content)
     partial.rename(path)
     sha256 = hashlib.sha256(content).hexdigest()
-    vote_ids = [row.vote_id for row in preferences]
     session.execute(
-        insert(Snapshot)
-        .values(sha256=sha256, num_votes=len(vote_ids), vote_ids=vote_ids)
-        .on_conflict_do_nothing()
+        insert(Snapshot).values(sha256=sha256, num_votes=len(preferences)).on_conflict_do_nothing()
     )
+    votes = [{"sha256": sha256, "vote_id": row.vote_id} for row in preferences]
+    if votes:
+        session.execute(insert(SnapshotVote).on_conflict_do_nothing(), votes)
     return sha256
 
 

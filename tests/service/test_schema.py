@@ -11,12 +11,20 @@ from service.settings import Settings
 from service.tables import (
     Comparison,
     ComparisonReply,
+    Conversation,
     Cycle,
+    Demonstration,
     Deployment,
+    FeedbackEvent,
+    IdempotentCall,
+    Import,
+    Key,
     Policy,
     Prompt,
+    Ranking,
     Reply,
     Snapshot,
+    SnapshotVote,
     Table,
     User,
     Vote,
@@ -35,8 +43,9 @@ def add_a_row_of_everything(settings: Settings) -> None:
     with sync_sessions(engine).begin() as session:
         session.add(User(id=1, name="ada"))
         session.add(Policy(name="policy-000000", path="base", state="verified", manifest={}))
-        session.add(Snapshot(sha256="ab", num_votes=1, vote_ids=[1]))
+        session.add(Snapshot(sha256="ab", num_votes=1))
         session.flush()
+        session.add(SnapshotVote(sha256="ab", vote_id=1))
         session.add(Cycle(id=1, trigger="votes", stage="promoted", snapshot_sha256="ab"))
         session.flush()
         adapter = Policy(
@@ -46,13 +55,28 @@ def add_a_row_of_everything(settings: Settings) -> None:
         session.flush()
         adapter.cycle_id = 1
         session.add(Deployment(id=1, live="policy-000000", challenger="policy-000001"))
-        session.add(Prompt(id=1, user_id=1, messages=[{"role": "user", "content": "hello"}]))
+        session.add(Key(account="acme", role="user", sha256="ef", hint="rk-ab"))
+        session.add(Conversation(id="conv-1", user_id=1))
+        session.add(Import(id=1, name="old", format="pairs", sha256="cd", num_rows=1, num_new=1))
+        session.flush()
+        hello = [{"role": "user", "content": "hello"}]
+        session.add(Prompt(id=1, user_id=1, conversation_id="conv-1", messages=hello))
         session.flush()
         session.add(Reply(id="chatcmpl-1", prompt_id=1, policy="policy-000000", sampling={"temperature": 1}))
+        session.add(Reply(id="chatcmpl-2", prompt_id=1, imported_policy="gpt", sampling={}))
         session.add(Comparison(id="cmp-1", prompt_id=1, user_id=1, reason="always", propensity=1))
         session.flush()
         session.add(ComparisonReply(comparison_id="cmp-1", position=0, reply_id="chatcmpl-1"))
+        session.add(
+            Comparison(id="cmp-2", prompt_id=1, user_id=1, reason="import", propensity=1, import_id=1)
+        )
+        session.flush()
+        session.add(ComparisonReply(comparison_id="cmp-2", position=0, reply_id="chatcmpl-2"))
         session.add(Vote(comparison_id="cmp-1", user_id=1, choice="tie", tags=[]))
+        session.add(Ranking(comparison_id="cmp-2", user_id=1, ranks=[1], tags=[]))
+        session.add(FeedbackEvent(comparison_id="cmp-2", user_id=1, kind="vote", action="given", content={}))
+        session.add(Demonstration(id="dem-1", prompt_id=1, user_id=1, content="hi", tags=[]))
+        session.add(IdempotentCall(user_id=1, key="k", request_sha256="12", answer={}))
     engine.dispose()
 
 
@@ -93,6 +117,21 @@ def test_migrations_go_down_and_up_again_with_rows_in_every_table(database: Sett
     schema.upgrade(database)
     with engine.connect() as connection:
         assert differences(connection) == []
+
+
+def test_going_down_one_migration_keeps_what_the_older_tables_can_hold(database: Settings) -> None:
+    add_a_row_of_everything(database)
+    schema.downgrade(database, "0001")
+    engine = sync_engine(database)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT vote_ids FROM snapshots")).scalar_one() == [1]
+        assert connection.execute(text("SELECT id FROM comparisons")).scalars().all() == ["cmp-1"]
+        assert connection.execute(text("SELECT id FROM replies")).scalars().all() == ["chatcmpl-1"]
+        assert connection.execute(text("SELECT count(*) FROM votes")).scalar_one() == 1
+    engine.dispose()
+    schema.upgrade(database)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT vote_id FROM snapshot_votes")).scalars().all() == [1]
 
 
 def test_an_upgrade_with_nothing_to_do_keeps_the_rows(database: Settings) -> None:
