@@ -1,20 +1,20 @@
 """`python -m service`: checks what it needs, then serves. A wrong setting ends it with one line, status 1."""
 
 import logging
+import math
 import socket
 import sys
 
 import uvicorn
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.app import create_app
+from service.auth import is_loopback
 from service.database import check_connection, sync_engine
 from service.errors import SettingsError
 from service.settings import Settings, get_settings
-
-GRACE_SECONDS = 10
-"""How long answers under way may take to end when the service is asked to stop."""
+from service.tables import Key
 
 
 def main() -> int:
@@ -24,12 +24,16 @@ def main() -> int:
         settings = get_settings()
         check_connection(settings)
         check_prepared(settings)
+        check_exposure(settings)
         listener = listen(settings)
     except SettingsError as error:
         print(f"ratchet service: {error.message}", file=sys.stderr)
         return 1
     config = uvicorn.Config(
-        create_app(settings), log_level="info", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
+        create_app(settings),
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
     )
     server = uvicorn.Server(config)
     server.run(sockets=[listener])
@@ -48,6 +52,24 @@ def check_prepared(settings: Settings) -> None:
         engine.dispose()
     if not prepared:
         raise SettingsError("DATABASE_URL: the database is not prepared; `ratchet up` does that.")
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raises SettingsError where others could reach the service and no operator has a key yet."""
+    if is_loopback(settings.host):
+        return
+    engine = sync_engine(settings)
+    try:
+        with engine.connect() as connection:
+            query = select(Key.id).where(Key.role == "operator", Key.revoked_at.is_(None)).limit(1)
+            known = connection.scalar(query)
+    finally:
+        engine.dispose()
+    if known is None:
+        raise SettingsError(
+            f"RATCHET_HOST: {settings.host} can be reached by others, and there is no operator's key. "
+            "Make one first: `ratchet key create --account NAME --role operator`."
+        )
 
 
 def listen(settings: Settings) -> socket.socket:

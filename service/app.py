@@ -4,28 +4,58 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
 
 import aiohttp
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import chat, metrics, operator, pages, votes
+from service import (
+    chat,
+    conversations,
+    demonstrations,
+    keys,
+    metrics,
+    operator,
+    pages,
+    rankings,
+    users,
+    votes,
+)
 from service.context import Context
 from service.database import async_engine, async_sessions, database_url
+from service.edge import Edge
 from service.engine import Engine, VllmEngine
-from service.errors import BadRequest, EngineUnavailable, RatchetError, TooLarge
+from service.errors import BadRequest, Conflict, DatabaseUnavailable, RatchetError
 from service.fleet import Fleet
+from service.journal import Journal
+from service.keyring import KeyRing
+from service.limits import Limits
 from service.reconciler import Reconciler
+from service.schemas import ErrorAnswer
 from service.settings import Settings
 
 log = logging.getLogger("ratchet")
 
-MOST_BODY_BYTES = 1 << 20
+ROUTERS = (
+    chat.router,
+    votes.router,
+    rankings.router,
+    demonstrations.router,
+    conversations.router,
+    users.router,
+    operator.router,
+    keys.router,
+    pages.router,
+)
+ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorAnswer, "description": "What to change."},
+    "5XX": {"model": ErrorAnswer, "description": "Try again, after `Retry-After` seconds where it is given."},
+}
 Connect = Callable[[Settings, aiohttp.ClientSession], list[Engine]]
 
 
@@ -43,16 +73,17 @@ def create_app(settings: Settings, connect: Connect | None = None) -> FastAPI:
         description="A chat service that learns from its users: chat, vote, learn, swap.",
         lifespan=lifespan,
     )
-    for router in (chat.router, votes.router, operator.router, pages.router):
-        app.include_router(router)
+    for router in ROUTERS:
+        app.include_router(router, responses=ERROR_ANSWERS)
     pages.mount_files(app)
-    app.add_middleware(LimitBody)
+    app.add_middleware(Edge, answer=handle_error)
     for kind in (
         RatchetError,
         RequestValidationError,
         HTTPException,
         OperationalError,
         InterfaceError,
+        IntegrityError,
         Exception,
     ):
         app.add_exception_handler(kind, handle_error)
@@ -70,7 +101,17 @@ async def _start(stack: AsyncExitStack, settings: Settings, connect: Connect) ->
     database: AsyncEngine = async_engine(settings)
     stack.push_async_callback(database.dispose)
     session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
-    context = Context(settings, async_sessions(database), Fleet(connect(settings, session)))
+    journal = Journal(database_url(settings))
+    await stack.enter_async_context(journal.running())
+    fleet = Fleet(connect(settings, session))
+    context = Context(
+        settings=settings,
+        sessions=async_sessions(database),
+        journal=journal,
+        fleet=fleet,
+        keys=KeyRing(),
+        limits=Limits(settings),
+    )
     reconciler = Reconciler(context.fleet, context.sessions, database_url(settings))
     task = asyncio.create_task(reconciler.run(), name="reconciler")
     stack.push_async_callback(_stop, task)
@@ -93,7 +134,7 @@ async def handle_error(_: Request, error: Exception) -> JSONResponse:
 def _shaped(error: Exception) -> tuple[RatchetError, int, dict[str, str]]:
     """The error that the caller sees, its status and headers. Unexpected ones say nothing of their cause."""
     if isinstance(error, RatchetError):
-        return error, error.status, {"retry-after": "1"} if isinstance(error, EngineUnavailable) else {}
+        return error, error.status, error.headers()
     if isinstance(error, RequestValidationError):
         return _validation_error(error), BadRequest.status, {}
     if isinstance(error, HTTPException) and isinstance(error.__cause__, RatchetError):
@@ -103,11 +144,10 @@ def _shaped(error: Exception) -> tuple[RatchetError, int, dict[str, str]]:
         return BadRequest(str(error.detail), code=f"http_{error.status_code}"), error.status_code, headers
     if isinstance(error, OperationalError | InterfaceError):
         log.error("the database does not answer (DATABASE_URL)")
-        return (
-            EngineUnavailable("The database does not answer. Try again.", code="database"),
-            503,
-            {"retry-after": "1"},
-        )
+        return _shaped(DatabaseUnavailable("The database does not answer. Try again.", code="database"))
+    if isinstance(error, IntegrityError):
+        changed = "What this call works on was removed meanwhile. Look again, then try again."
+        return _shaped(Conflict(changed, code="changed_meanwhile"))
     return RatchetError("Something went wrong. Try again."), RatchetError.status, {}
 
 
@@ -119,26 +159,3 @@ def _validation_error(error: RequestValidationError) -> BadRequest:
     path = ".".join(str(part) for part in first["loc"][1:])
     message = first["msg"].removeprefix("Value error, ")
     return BadRequest(f"{path}: {message}" if path else f"The body: {message}", param=path or None)
-
-
-class LimitBody:
-    """Refuses bodies over 1 MiB, before they are read where they say their length."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > MOST_BODY_BYTES:
-                raise TooLarge(f"The body is larger than {MOST_BODY_BYTES} bytes. Shorten the conversation.")
-            return message
-
-        await self._app(scope, counted, send)

@@ -4,7 +4,7 @@ import json
 import sys
 import urllib.error
 import urllib.request
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 cycle_app = typer.Typer(no_args_is_help=True, help="Training cycles.")
 app.add_typer(cycle_app, name="cycle")
+key_app = typer.Typer(no_args_is_help=True, help="API keys.")
+app.add_typer(key_app, name="key")
 
 
 @app.command()
@@ -56,6 +58,28 @@ def rollback() -> None:
     print(f"{_call('POST', '/operator/rollback')['live']} is live.")
 
 
+@key_app.command("create")
+def create_key(
+    account: Annotated[str, typer.Option(help="Whose key it is.")],
+    role: Annotated[str, typer.Option(help="user, labeler or operator.")] = "user",
+) -> None:
+    """Make a key. It is shown once."""
+    made = _call("POST", "/operator/keys", {"account": account, "role": role})
+    print(f"{made['key']}\nKey {made['id']}, {role} of {account}. It is not shown again.")
+
+
+@key_app.command("list")
+def list_keys() -> None:
+    """List the keys, the newest first."""
+    _show(_call("GET", "/operator/keys"), ["id", "account", "role", "hint", "created_at", "revoked_at"])
+
+
+@key_app.command("revoke")
+def revoke_key(number: Annotated[int, typer.Argument(help="The key's number.")]) -> None:
+    """Revoke a key."""
+    print(f"Key {_call('DELETE', f'/operator/keys/{number}')['id']} is revoked.")
+
+
 def main() -> None:
     """The command `ratchet`."""
     app()
@@ -68,13 +92,17 @@ def _settings() -> Settings:
         _fail(error.message, STATUS_SETTINGS)
 
 
-def _call(method: str, path: str) -> Any:
+def _call(method: str, path: str, body: dict[str, str] | None = None) -> Any:
     """Ask the running service; ends the process with one line where it refuses or is not there."""
-    url = address(_settings())
+    settings = _settings()
+    url = address(settings)
+    headers = {"content-type": "application/json"}
+    if settings.key is not None:
+        headers["authorization"] = f"Bearer {settings.key.get_secret_value()}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, headers, method=method)
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url + path, method=method), timeout=30
-        ) as response:
+        with urllib.request.urlopen(request, timeout=30) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         _fail(json.load(error)["error"]["message"], 1)

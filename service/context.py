@@ -7,16 +7,22 @@ from fastapi import Depends, Request
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from service.fleet import Fleet
+from service.journal import Journal
+from service.keyring import KeyRing
+from service.limits import Limits
 from service.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The settings, the way to the database, and the replicas."""
+    """The settings, the ways to the database, the replicas, and who may ask how much."""
 
     settings: Settings
     sessions: async_sessionmaker[AsyncSession]
+    journal: Journal
     fleet: Fleet
+    keys: KeyRing
+    limits: Limits
 
 
 def _context(request: Request) -> Context:

@@ -5,13 +5,14 @@ Used by `fleet.py` (health, loading, probing) and `chat.py` (generation).
 """
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Protocol
 
 import aiohttp
+import msgspec
 
 from service.errors import BadRequest, EngineGone, EngineUnavailable, PolicyNotLoaded, PolicyRefused
 
@@ -21,7 +22,8 @@ CONTROL_SECONDS = 10.0
 TOKEN_SECONDS = 30.0
 """For one token: a busy engine, or one that compiles a kernel, takes long; a hung one takes for ever."""
 LOAD_SECONDS = 120.0
-LONGEST_LINE_BYTES = 1 << 20
+READ_BYTES = 1 << 18
+JSON_HEADERS = {"content-type": "application/json"}
 FINISHED = ("stop", "length")
 
 
@@ -36,6 +38,8 @@ class Sampling:
     seed: int | None
     presence_penalty: float
     frequency_penalty: float
+    logprobs: int | None = None
+    """How many alternatives to report per token; None reports no log-probabilities at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,8 @@ class Piece:
     prompt_tokens: int
     completion_tokens: int
     model: str
+    logprobs: bytes | None = None
+    """OpenAI's `logprobs` object of this piece, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +78,12 @@ class Engine(Protocol):
     url: str
 
     def generate(
-        self, policy: str, messages: list[Message], sampling: Sampling, count: int
-    ) -> AbstractAsyncContextManager[AsyncIterator[Piece]]:
-        """Entered: the engine took the request (else BadRequest, PolicyNotLoaded). Leaving aborts it."""
+        self, policy: str, messages: Sequence[Message], sampling: Sampling, count: int, *, stream: bool
+    ) -> AbstractAsyncContextManager[AsyncIterator[list[Piece]]]:
+        """Entered: the engine took the request (else BadRequest, PolicyNotLoaded). Leaving aborts it.
+
+        Gives the pieces that came at once together. Not streamed (one reply only), entering waits for the whole.
+        """
 
     async def models(self) -> Models:
         """The base and the adapters that it can answer with."""
@@ -101,22 +110,13 @@ class VllmEngine:
 
     @asynccontextmanager
     async def generate(
-        self, policy: str, messages: list[Message], sampling: Sampling, count: int
-    ) -> AsyncIterator[AsyncIterator[Piece]]:
-        body = {
-            "model": policy,
-            "messages": [asdict(message) for message in messages],
-            **{name: value for name, value in asdict(sampling).items() if value is not None},
-            "n": count,
-            "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            "cache_salt": policy,
-        }
-        response = await self._open("/v1/chat/completions", body)
+        self, policy: str, messages: Sequence[Message], sampling: Sampling, count: int, *, stream: bool
+    ) -> AsyncIterator[AsyncIterator[list[Piece]]]:
+        response = await self._open("/v1/chat/completions", _body(policy, messages, sampling, count, stream))
         try:
             if response.status != HTTPStatus.OK:
                 raise _refusal(response.status, _message_of(await response.text()), policy)
-            yield _pieces(response.content)
+            yield _pieces(response.content) if stream else _only(_whole(await _read(response)))
         finally:
             response.close()  # before the end: vLLM sees it and aborts the generation
 
@@ -124,7 +124,11 @@ class VllmEngine:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
         try:
             return await self._session.post(
-                self.url + path, json=body, timeout=timeout, read_bufsize=LONGEST_LINE_BYTES
+                self.url + path,
+                data=msgspec.json.encode(body),
+                headers=JSON_HEADERS,
+                timeout=timeout,
+                read_bufsize=READ_BYTES,
             )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _gone(error) from error
@@ -188,42 +192,126 @@ def _gone(error: Exception) -> EngineGone:
     return EngineGone(f"The engine did not answer ({type(error).__name__}). Try again.")
 
 
-async def _pieces(lines: aiohttp.StreamReader) -> AsyncIterator[Piece]:
-    """The chunks of one SSE stream. Raises EngineUnavailable for an error, an abort, an early end."""
-    async for line in _whole_lines(lines):
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            return
-        chunk = json.loads(data)
-        if "error" in chunk:
-            raise EngineUnavailable("The engine failed while it was answering. Try again.")
-        for choice in chunk["choices"]:
-            yield _piece(chunk, choice)
+def _body(
+    policy: str, messages: Sequence[Message], sampling: Sampling, count: int, stream: bool
+) -> dict[str, Any]:
+    """What the engine is asked. Nothing else of a client's request gets there."""
+    body: dict[str, Any] = {
+        "model": policy,
+        "messages": messages,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "stop": sampling.stop,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "n": count,
+        "cache_salt": policy,
+    }
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed
+    if sampling.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    return body
+
+
+class _Text(msgspec.Struct, frozen=True):
+    content: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int | None = 0
+
+
+class _Choice(msgspec.Struct):
+    """Of a stream (`delta`) or of a whole answer (`message`)."""
+
+    index: int
+    delta: _Text = _Text()
+    message: _Text = _Text()
+    finish_reason: str | None = None
+    logprobs: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Answer(msgspec.Struct):
+    """What is read of an engine's answer or chunk; an error has only `error`."""
+
+    model: str = ""
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: msgspec.Raw | None = None
+
+
+_decode = msgspec.json.Decoder(_Answer).decode
+DONE = b"[DONE]"
+
+
+async def _pieces(content: aiohttp.StreamReader) -> AsyncIterator[list[Piece]]:
+    """The chunks of one SSE stream, as they come. Raises EngineUnavailable for an error, an abort, an early end."""
+    rest = b""
+    while received := await _received(content):
+        *events, rest = (rest + received).split(b"\n\n")
+        pieces: list[Piece] = []
+        for event in events:
+            data = event.removeprefix(b"data:").strip()
+            if data == DONE:
+                yield pieces
+                return
+            if data and not data.startswith(b":"):
+                pieces += _whole(data)
+        if pieces:
+            yield pieces
     raise EngineGone("The engine went away while it was answering. Try again.")
 
 
-async def _whole_lines(lines: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+async def _received(content: aiohttp.StreamReader) -> bytes:
+    """What has come since, at least one byte; nothing at the end."""
     try:
-        async for line in lines:
-            yield line
+        return await content.readany()
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise _gone(error) from error
 
 
-def _piece(chunk: dict[str, Any], choice: dict[str, Any]) -> Piece:
-    reason = choice.get("finish_reason")
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    try:
+        return await response.read()
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise _gone(error) from error
+
+
+async def _only(pieces: list[Piece]) -> AsyncIterator[list[Piece]]:
+    yield pieces
+
+
+def _whole(data: bytes) -> list[Piece]:
+    """The pieces of one chunk, or of a whole answer."""
+    try:
+        answer = _decode(data)
+    except msgspec.DecodeError:
+        raise EngineUnavailable("The engine gave an answer that cannot be read. Try again.") from None
+    if answer.error is not None:
+        raise EngineUnavailable("The engine failed while it was answering. Try again.")
+    return [_piece(answer, choice) for choice in answer.choices]
+
+
+def _piece(answer: _Answer, choice: _Choice) -> Piece:
+    reason = choice.finish_reason
     if reason is not None and reason not in FINISHED:
         raise EngineUnavailable("The engine stopped before the answer was whole. Try again.")
-    usage = chunk.get("usage") or {}
+    usage = answer.usage or _Usage()
+    logprobs = bytes(choice.logprobs)
     return Piece(
-        index=choice["index"],
-        text=(choice["delta"].get("content") or "").replace("\0", "\ufffd"),  # PostgreSQL cannot hold NUL
+        index=choice.index,
+        # PostgreSQL cannot hold NUL
+        text=(choice.delta.content or choice.message.content or "").replace("\0", "\ufffd"),
         finish_reason=reason,
-        prompt_tokens=usage.get("prompt_tokens", 0),
-        completion_tokens=usage.get("completion_tokens", 0),
-        model=chunk["model"],
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens or 0,
+        model=answer.model,
+        logprobs=None if logprobs == b"null" else logprobs,
     )
 
 

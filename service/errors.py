@@ -3,11 +3,14 @@
 RatchetError                500
 ├── SettingsError           (start-up only: the process ends with this line)
 ├── BadRequest              400  the message says what to change
+├── Unauthorized            401
 ├── Forbidden               403
 ├── NotFound                404
 ├── Conflict                409
 ├── TooLarge                413
-├── Busy                    429/503 with Retry-After
+├── TooManyRequests         429  with Retry-After: this caller asks too much
+├── Overloaded              503  with Retry-After: all callers together do
+├── DatabaseUnavailable     503  with Retry-After
 ├── EngineUnavailable       503  with Retry-After
 │   ├── EngineGone               a replica could not be reached, or went away
 │   └── PolicyNotLoaded          a replica lost a policy; the reconciler brings it back
@@ -22,12 +25,17 @@ class RatchetError(Exception):
 
     status = 500
     type = "server_error"
+    retry_after_seconds: int | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code
+
+    def headers(self) -> dict[str, str]:
+        """What the answer says beside its body."""
+        return {} if self.retry_after_seconds is None else {"retry-after": str(self.retry_after_seconds)}
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The error in OpenAI's shape."""
@@ -41,6 +49,14 @@ class SettingsError(RatchetError):
 class BadRequest(RatchetError):
     status = 400
     type = "invalid_request_error"
+
+
+class Unauthorized(RatchetError):
+    status = 401
+    type = "authentication_error"
+
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer"}
 
 
 class Forbidden(RatchetError):
@@ -63,11 +79,39 @@ class TooLarge(RatchetError):
     type = "invalid_request_error"
 
 
+class TooManyRequests(RatchetError):
+    """This caller asks too much, or too much at once."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, code: str, retry_after_seconds: int = 1) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Overloaded(RatchetError):
+    """More is asked in all than can wait."""
+
+    status = 503
+    type = "service_unavailable"
+    retry_after_seconds = 2
+
+
+class DatabaseUnavailable(RatchetError):
+    """PostgreSQL does not answer now. What was asked is not stored."""
+
+    status = 503
+    type = "service_unavailable"
+    retry_after_seconds = 1
+
+
 class EngineUnavailable(RatchetError):
     """No replica can answer now."""
 
     status = 503
     type = "service_unavailable"
+    retry_after_seconds = 1
 
 
 class EngineGone(EngineUnavailable):

@@ -14,6 +14,7 @@ from service import metrics
 from service.engine import Engine
 from service.errors import EngineUnavailable, PolicyRefused
 from service.policies import BASE, Manifest
+from service.tables import Deployment
 
 HEALTH_SECONDS = 5.0
 """A replica that gave no token for so long is asked for one."""
@@ -98,6 +99,8 @@ class Fleet:
 
     def __init__(self, engines: list[Engine]) -> None:
         self.replicas = [Replica(engine) for engine in engines]
+        self._deployment: Deployment | None = None
+        """The pointer as the database last said; None until it has been read."""
 
     def policies(self) -> list[str]:
         """Names of the policies that can be asked for now, in order."""
@@ -106,6 +109,21 @@ class Fleet:
     def context_tokens(self) -> int:
         """Longest prompt and reply together, in tokens; 0 while no replica has been seen."""
         return max(replica.context_tokens for replica in self.replicas)
+
+    def live_policy(self) -> str:
+        """The policy that answers. Raises EngineUnavailable while nobody knows."""
+        if self._deployment is None:
+            raise EngineUnavailable(
+                "The service is starting. Try again in a moment.", code="engine_not_ready"
+            )
+        return self._deployment.live
+
+    def point(self, deployment: Deployment) -> None:
+        """Answer with its live policy from now on, unless a later change is known already."""
+        known = self._deployment
+        if known is None or deployment.changed_at >= known.changed_at:
+            self._deployment = deployment
+            metrics.show_live(deployment.live)
 
     def route(self, policy: str) -> Replica:
         """The least busy healthy replica that has verified the policy. Raises EngineUnavailable."""

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from random import SystemRandom
 from types import TracebackType
 
-from service import metrics, replies
+from service import metrics
 from service.context import Context
 from service.engine import Message, Piece, Sampling
-from service.errors import DeadlineExceeded, EngineGone, MixedPolicy, PolicyNotLoaded
+from service.errors import DeadlineExceeded, EngineGone, MixedPolicy, PolicyNotLoaded, RatchetError
 from service.fleet import Replica
-from service.pairing import Pairing, shown_order
-from service.replies import Ended, Stored
+from service.journal import Begun, Ended, Stored, UserName
+from service.pairing import Objection, Pairing, objection, shown_order
 
 log = logging.getLogger("ratchet.generation")
 
@@ -27,11 +27,16 @@ log = logging.getLogger("ratchet.generation")
 class Asked:
     """A request that has been checked."""
 
-    user: str
+    user: UserName
     messages: list[Message]
     policy: str
     sampling: Sampling
     pairing: Pairing | None
+    """Set where more than one reply is asked for."""
+    count: int = 1
+    """Number of replies."""
+    conversation: str | None = None
+    stream: bool = True
 
 
 @dataclass(slots=True)
@@ -40,13 +45,26 @@ class Voice:
 
     reply_id: str
     text: list[str] = field(default_factory=list)
+    logprobs: list[bytes] = field(default_factory=list)
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    @property
+    def content(self) -> str:
+        """All that it has said so far."""
+        return "".join(self.text)
+
+    def add(self, piece: Piece) -> None:
+        """What the engine adds to it; its end is not noted here, but once it is stored."""
+        self.text.append(piece.text)
+        if piece.logprobs is not None:
+            self.logprobs.append(piece.logprobs)
+        self.prompt_tokens, self.completion_tokens = piece.prompt_tokens, piece.completion_tokens
+
     def ended(self, finish_reason: str) -> Ended:
         """How it ended, or what there is of it."""
-        return Ended("".join(self.text), finish_reason, self.prompt_tokens, self.completion_tokens)
+        return Ended(self.content, finish_reason, self.prompt_tokens, self.completion_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +74,15 @@ class Shown:
     position: int
     text: str
     finish_reason: str | None
+    logprobs: bytes | None
 
 
 @asynccontextmanager
 async def generating(context: Context, asked: Asked) -> AsyncIterator["Generation"]:
-    """Start answering: the engine has taken the request and its rows are committed. Leaving ends it all.
+    """Start answering: the engine has taken the request, and where it streams, its rows are committed.
 
-    Raises BadRequest where the engine cannot take it, EngineUnavailable where no replica can.
+    Leaving ends it all. Raises BadRequest where the engine cannot take it, EngineUnavailable where no replica can,
+    TooManyRequests and Overloaded where there is no place for it.
     """
     async with AsyncExitStack() as stack:
         stack.enter_context(metrics.RUNNING.track_inprogress())
@@ -72,23 +92,26 @@ async def generating(context: Context, asked: Asked) -> AsyncIterator["Generatio
 
 
 class Generation:
-    """Use `generating`. `stored` has the ids from then on."""
+    """Use `generating`. `stored` has the ids."""
 
     def __init__(self, context: Context, asked: Asked) -> None:
         self.asked = asked
-        self.voices: list[Voice] = []
-        self.stored: Stored
+        self.stored = Stored.new(asked.count, asked.pairing is not None)
+        self.voices = [Voice(reply_id) for reply_id in self.stored.reply_ids]
+        self.deadline = asyncio.get_running_loop().time() + context.settings.request_deadline_seconds
         self._context = context
         self._replica: Replica
-        self._pieces: AsyncIterator[Piece]
+        self._pieces: AsyncIterator[list[Piece]]
         self._started = time.monotonic()
-        self._deadline = asyncio.get_running_loop().time() + context.settings.request_deadline_seconds
-        self._order = shown_order(self.count, SystemRandom())
+        self._order = shown_order(asked.count, SystemRandom())
+        self._taken = False
+        """Whether an engine works on it, as far as is known."""
+        self._begun = False
+        """Whether the rows are there."""
 
-    @property
-    def count(self) -> int:
-        """Number of replies."""
-        return 1 if self.asked.pairing is None else 2
+    def objection(self) -> Objection | None:
+        """Why the replies are not worth a vote, once they have ended."""
+        return objection([(voice.content, voice.finish_reason) for voice in self.voices])
 
     async def __aenter__(self) -> "Generation":
         return self
@@ -99,26 +122,44 @@ class Generation:
         """Store what there is of replies that did not end; also when the client went away."""
         metrics.REPLY_SECONDS.observe(time.monotonic() - self._started)
         reason = "error" if isinstance(error, Exception) else "abort"
-        open_voices = [voice for voice in self.voices if voice.finish_reason is None]
-        if open_voices:
+        if self._begun:
+            open_voices = [voice for voice in self.voices if voice.finish_reason is None]
             await asyncio.shield(asyncio.gather(*(self._end(voice, reason) for voice in open_voices)))
+        elif self._taken:
+            await asyncio.shield(self._begin_whole(reason))
 
     async def begin(self, stack: AsyncExitStack) -> None:
         """Open the engine's stream (closed with `stack`), then commit the rows while it works."""
         async with self._in_time():
+            await stack.enter_async_context(
+                self._context.limits.generating(self.asked.user, self.asked.count)
+            )
             await self._open(stack)
+        if self.asked.stream:
+            await self._begin(None)
+
+    async def _begin(self, ended: tuple[Ended, ...] | None) -> None:
+        """Commit the prompt, its replies and their comparison."""
         asked = self.asked
-        self.stored = await replies.begin(
-            self._context.sessions,
-            user=asked.user,
-            messages=asked.messages,
-            policy=asked.policy,
-            sampling=asked.sampling,
-            pairing=asked.pairing,
+        await self._context.journal.begin(
+            Begun(
+                user=asked.user,
+                messages=asked.messages,
+                policy=asked.policy,
+                sampling=asked.sampling,
+                pairing=asked.pairing,
+                conversation=asked.conversation,
+                stored=self.stored,
+                ended=ended,
+            )
         )
-        self.voices = [Voice(reply_id) for reply_id in self.stored.reply_ids]
+        self._begun = True
         if asked.pairing is not None:
             metrics.COMPARISONS.labels(asked.pairing.reason).inc()
+
+    async def _begin_whole(self, otherwise: str) -> None:
+        """Commit everything at once; `otherwise`: the finish reason of replies that have none."""
+        await self._begin(tuple(voice.ended(voice.finish_reason or otherwise) for voice in self.voices))
 
     async def _open(self, stack: AsyncExitStack) -> None:
         """Try replicas until one takes the request. Each that fails is routed to no more, so this ends."""
@@ -126,53 +167,66 @@ class Generation:
         while True:
             async with AsyncExitStack() as attempt:
                 replica = attempt.enter_context(self._context.fleet.lease(asked.policy))
+                generated = replica.engine.generate(
+                    asked.policy, asked.messages, asked.sampling, asked.count, stream=self._streams
+                )
+                self._taken = True
                 try:
-                    self._pieces = await attempt.enter_async_context(
-                        replica.engine.generate(asked.policy, asked.messages, asked.sampling, self.count)
-                    )
-                except PolicyNotLoaded:
-                    replica.verified.discard(asked.policy)
-                    continue
-                except EngineGone:
-                    replica.fail()
+                    self._pieces = await attempt.enter_async_context(generated)
+                except RatchetError as error:
+                    self._taken = False
+                    _note_failure(replica, asked.policy, error)
                     continue
                 self._replica = replica
                 stack.push_async_exit(attempt.pop_all())
                 return
 
-    async def shown(self) -> AsyncIterator[Shown]:
-        """Every piece, at the position it is shown at. A reply's end is committed before it is yielded.
+    @property
+    def _streams(self) -> bool:
+        """Whether the engine streams: for several replies it must, to count the tokens of each."""
+        return self.asked.stream or self.asked.count > 1
+
+    async def shown(self) -> AsyncIterator[list[Shown]]:
+        """The pieces that came at once, at the positions they are shown at. A reply's end is committed before.
 
         Raises EngineUnavailable, DeadlineExceeded, MixedPolicy.
         """
         first = True
-        while (piece := await self._next()) is not None:
-            if piece.model != self.asked.policy:
-                metrics.MIXED_POLICY.inc()
-                raise MixedPolicy(
-                    "The engine answered with another policy than the one asked for. Try again."
-                )
-            if first and piece.completion_tokens:
+        while (pieces := await self._next()) is not None:
+            self._replica.saw_token()
+            if first:
                 first = False
                 metrics.FIRST_TOKEN_SECONDS.observe(time.monotonic() - self._started)
-            self._replica.saw_token()
-            position = self._order[piece.index]
-            voice = self.voices[position]
-            voice.text.append(piece.text)
-            voice.prompt_tokens, voice.completion_tokens = piece.prompt_tokens, piece.completion_tokens
-            if piece.finish_reason is not None:
-                await self._end(voice, piece.finish_reason)
-            if piece.text or piece.finish_reason:
-                yield Shown(position, piece.text, piece.finish_reason)
+            shown = [self._place(piece) for piece in pieces]
+            await asyncio.gather(
+                *(self._end(self.voices[p.position], p.finish_reason) for p in shown if p.finish_reason)
+            )
+            if shown := [part for part in shown if part.text or part.finish_reason]:
+                yield shown
 
-    async def _next(self) -> Piece | None:
+    def _place(self, piece: Piece) -> Shown:
+        if piece.model != self.asked.policy:
+            metrics.MIXED_POLICY.inc()
+            raise MixedPolicy("The engine answered with another policy than the one asked for. Try again.")
+        position = self._order[piece.index]
+        self.voices[position].add(piece)
+        return Shown(position, piece.text, piece.finish_reason, piece.logprobs)
+
+    async def finish(self) -> None:
+        """Wait until every reply has ended, and store them. For an answer in one piece."""
+        async for _ in self.shown():
+            pass
+        if not self._begun:
+            await self._begin_whole("error")
+
+    async def _next(self) -> list[Piece] | None:
         async with self._in_time():
             return await anext(self._pieces, None)
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self.deadline):
                 yield
         except TimeoutError:
             seconds = self._context.settings.request_deadline_seconds
@@ -181,8 +235,19 @@ class Generation:
             ) from None
 
     async def _end(self, voice: Voice, finish_reason: str) -> None:
-        """Commit how a reply ended."""
-        await replies.end(self._context.sessions, voice.reply_id, voice.ended(finish_reason))
+        """Commit how a reply ended, where its row is there already; else it is stored whole."""
+        if self._begun:
+            await self._context.journal.end(voice.reply_id, voice.ended(finish_reason))
         voice.finish_reason = finish_reason
         metrics.REPLIES.labels(self.asked.policy, finish_reason).inc()
         metrics.REPLY_TOKENS.labels(self.asked.policy).inc(voice.completion_tokens)
+
+
+def _note_failure(replica: Replica, policy: str, error: RatchetError) -> None:
+    """What a replica that did not take a request is good for from now on. Raises what another could not do better."""
+    if isinstance(error, PolicyNotLoaded):
+        replica.verified.discard(policy)
+    elif isinstance(error, EngineGone):
+        replica.fail()
+    else:
+        raise error

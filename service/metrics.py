@@ -16,6 +16,7 @@ FIRST_TOKEN_SECONDS = Histogram(
     "ratchet_first_token_seconds", "From request to the first token.", buckets=SECONDS
 )
 RUNNING = Gauge("ratchet_requests_running", "Chat requests that are being answered.")
+QUEUED = Gauge("ratchet_requests_queued", "Chat requests that wait for their turn.")
 COMPARISONS = Counter("ratchet_comparisons", "Comparisons shown, by reason.", ["reason"])
 VOTES = Counter("ratchet_votes", "Votes given or revised, by choice.", ["choice"])
 MIXED_POLICY = Counter("ratchet_mixed_policy", "Engine chunks of another policy than asked for. Must stay 0.")

@@ -1,40 +1,16 @@
-"""`/operator/...`: policies, the pointer and cycles, for whoever runs Ratchet. From this machine only."""
+"""`/operator/...`: policies, the pointer and cycles, for whoever runs Ratchet."""
 
-from ipaddress import ip_address
-from urllib.parse import urlsplit
-
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter
 from sqlalchemy import select, text
 
 from service import metrics, policies
+from service.auth import OPERATOR_ONLY
 from service.context import ContextDep
-from service.errors import Conflict, EngineUnavailable, Forbidden, NotFound
-from service.schemas import CycleView, DeploymentView, PolicyView
+from service.errors import Conflict, EngineUnavailable, NotFound
+from service.operator_schemas import CycleView, DeploymentView, PolicyView
 from service.tables import Cycle, Policy
 
-
-def from_this_machine(request: Request) -> None:
-    """Raises Forbidden for other machines, and for a web page that makes the operator's browser ask.
-
-    A foreign page gives itself away by `Origin`, or, where its name was pointed at loopback, by `Host`.
-    """
-    host = request.headers.get("host", "")
-    origin = request.headers.get("origin")
-    local = request.client is not None and _is_loopback(request.client.host)
-    if not local or not _is_loopback(urlsplit(f"//{host}").hostname or ""):
-        raise Forbidden("The operator's API answers on this machine only (127.0.0.1).", code="not_loopback")
-    if origin is not None and urlsplit(origin).netloc != host:
-        raise Forbidden("The operator's API does not answer other sites' pages.", code="foreign_origin")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-router = APIRouter(prefix="/operator", tags=["operator"], dependencies=[Depends(from_this_machine)])
+router = APIRouter(prefix="/operator", tags=["operator"], dependencies=[OPERATOR_ONLY])
 
 
 @router.get("/policies")
@@ -60,7 +36,7 @@ async def roll_back(context: ContextDep) -> DeploymentView:
         if deployment.live not in context.fleet.policies():  # raising undoes the exchange
             raise EngineUnavailable(f"No engine has {deployment.live} loaded yet. Try again in a moment.")
     metrics.ROLLBACKS.inc()
-    metrics.show_live(deployment.live)
+    context.fleet.point(deployment)
     return DeploymentView.model_validate(deployment)
 
 

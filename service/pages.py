@@ -10,9 +10,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import func, select
 
 from service import policies
+from service.auth import KNOWN_CALLER
 from service.context import ContextDep
-from service.errors import EngineUnavailable
-from service.schemas import ALIAS, Model, ModelList, Status
+from service.errors import EngineUnavailable, NotFound
+from service.schemas import ALIAS, Id, Model, ModelList, Status
 from service.tables import Cycle, Policy, Vote
 
 WEB = Path(__file__).parent / "web"
@@ -67,7 +68,7 @@ async def metrics_text() -> Response:
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", dependencies=[KNOWN_CALLER])
 async def list_models(context: ContextDep) -> ModelList:
     """What can be asked for as `model`."""
     names = context.fleet.policies()
@@ -83,7 +84,16 @@ async def list_models(context: ContextDep) -> ModelList:
     )
 
 
-@router.get("/v1/status")
+@router.get("/v1/models/{name}", dependencies=[KNOWN_CALLER])
+async def read_model(name: Id, context: ContextDep) -> Model:
+    """One of them."""
+    for model in (await list_models(context)).data:
+        if model.id == name:
+            return model
+    raise NotFound(f"There is no model {name[:100]!r}.", param="model", code="model_not_found")
+
+
+@router.get("/v1/status", dependencies=[KNOWN_CALLER])
 async def status(context: ContextDep) -> Status:
     """How far the loop is."""
     async with context.sessions() as session:

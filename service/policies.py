@@ -109,15 +109,15 @@ async def wanted(session: AsyncSession) -> tuple[Deployment, list[Wanted]]:
     return deployment, [Wanted(name, paths[name]) for name in order]
 
 
-async def promote(session: AsyncSession, name: str) -> bool:
-    """The swap: live becomes previous, the verified challenger live. False where it is challenger no more."""
+async def promote(session: AsyncSession, name: str) -> Deployment | None:
+    """The swap: live becomes previous, the verified challenger live. None where it is challenger no more."""
     deployment = await _locked(session)
     if deployment.challenger != name:
-        return False
+        return None
     await _set_state(session, name, "verified", None)
     deployment.previous, deployment.live, deployment.challenger = deployment.live, name, None
     await _announce(session, deployment)
-    return True
+    return deployment
 
 
 async def refuse(session: AsyncSession, name: str, reason: str) -> bool:
@@ -153,8 +153,11 @@ async def _set_state(session: AsyncSession, name: str, state: str, reason: str |
 
 
 async def _announce(session: AsyncSession, deployment: Deployment) -> None:
-    """PostgreSQL delivers the notice when the transaction commits, and not otherwise."""
-    deployment.changed_at = func.now()
+    """PostgreSQL delivers the notice when the transaction commits, and not otherwise.
+
+    The clock, not the transaction's start: changes, which take turns by their lock, must be in order.
+    """
+    deployment.changed_at = func.clock_timestamp()
     await session.flush()
     await session.refresh(deployment)
     await session.execute(text(f"NOTIFY {CHANNEL}"))

@@ -67,7 +67,7 @@ class Reconciler:
         """Look at every replica and bring it one step nearer to what the database wants."""
         async with self._sessions() as session:
             deployment, wanted = await policies.wanted(session)
-        metrics.show_live(deployment.live)
+        self._fleet.point(deployment)
         await asyncio.gather(*(self._agree(replica, wanted, leads) for replica in self._fleet.replicas))
         if leads and deployment.challenger is not None:
             await self._decide(deployment.challenger)
@@ -124,7 +124,7 @@ class Reconciler:
                 swapped = await policies.promote(session, challenger)
             if swapped:
                 metrics.SWAPS.labels("promoted").inc()
-                metrics.show_live(challenger)
+                self._fleet.point(swapped)
                 log.info("%s is live", challenger)
 
 

@@ -1,14 +1,16 @@
-"""What requests and responses look like: OpenAI's shapes, plus what voting needs. Validation only."""
+"""What chat requests and responses look like: OpenAI's shapes, plus what comparing needs. Validation only."""
 
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+from fastapi import Path
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from service.engine import Message
+from service.errors import BadRequest
 from service.pairing import Mode
 
 ALIAS = "ratchet"
-ANONYMOUS = "anonymous"
 INT62 = 1 << 62
 
 
@@ -44,6 +46,7 @@ def _only_one(n: int) -> int:
 
 Text = Annotated[str, AfterValidator(_storable)]
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
+Id = Annotated[Text, Path(max_length=200, description="Its id.")]
 
 
 class TextPart(BaseModel):
@@ -62,10 +65,35 @@ class ChatMessage(BaseModel):
     )
 
 
+def read_messages(messages: Sequence[ChatMessage]) -> list[Message]:
+    """As the engine takes them. Raises BadRequest where the last one is not the user's."""
+    if messages[-1].role != "user":
+        raise BadRequest(
+            "The last message must be the user's.", param="messages", code="last_message_not_user"
+        )
+    # Many chat templates know no role `developer`, OpenAI's newer name of `system`.
+    return [Message("system" if m.role == "developer" else m.role, m.content) for m in messages]
+
+
 class StreamOptions(BaseModel):
     """How to stream."""
 
     include_usage: bool = Field(False, description="Send a last chunk with `usage` and no choices.")
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, and what to change."""
+
+    message: str = Field(description="For people.")
+    type: str = Field(description="The kind of error.", examples=["invalid_request_error"])
+    param: str | None = Field(description="The field at fault.")
+    code: str | None = Field(description="For programs.")
+
+
+class ErrorAnswer(BaseModel):
+    """Every error has OpenAI's shape."""
+
+    error: ErrorBody = Field(description="The error.")
 
 
 class ChatRequest(BaseModel):
@@ -113,7 +141,16 @@ class ChatRequest(BaseModel):
         None, description="Send the reply as server-sent events while it is generated."
     )
     stream_options: StreamOptions | None = Field(None, description="How to stream.")
+    logprobs: bool | None = Field(None, description="Report the log-probability of each token.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="Likeliest alternatives to report per token; needs `logprobs`."
+    )
     user: Name | None = Field(None, description="Who asks; a vote on the comparison must name the same user.")
+    conversation: Name | None = Field(
+        None,
+        description="A conversation from POST /v1/conversations that this turn goes on with: `messages` then holds only "
+        "what is new, and the service puts the turns so far before it, each with the reply that was chosen.",
+    )
     n: Annotated[int, AfterValidator(_only_one)] | None = Field(None, description="Only 1.")
 
 
@@ -121,6 +158,13 @@ class ComparisonTag(BaseModel):
     """Marks an answer of two replies."""
 
     id: str = Field(description="Vote on it with PUT /v1/comparisons/{id}/vote.", examples=["cmp-5f0c..."])
+    votable: bool | None = Field(
+        None, description="Once both replies have ended: whether they are worth a vote."
+    )
+    why_not: str | None = Field(
+        None,
+        description="Where they are not: `comparison_failed`, `comparison_cut_off`, or `replies_alike`.",
+    )
 
 
 class Usage(BaseModel):
@@ -136,6 +180,7 @@ class ReplyMessage(BaseModel):
 
     role: Literal["assistant"] = Field("assistant", description="Always the assistant.")
     content: str = Field(description="The reply.")
+    refusal: None = Field(None, description="OpenAI's field; always null.")
 
 
 class Choice(BaseModel):
@@ -144,7 +189,7 @@ class Choice(BaseModel):
     index: int = Field(description="Position shown at.")
     message: ReplyMessage = Field(description="The reply.")
     finish_reason: str = Field(description="`stop` or `length`.")
-    logprobs: None = Field(None, description="Not offered.")
+    logprobs: dict[str, Any] | None = Field(None, description="OpenAI's `logprobs`, where asked for.")
     reply_id: str = Field(description="The stored reply.", examples=["chatcmpl-77ab..."])
 
 
@@ -172,12 +217,13 @@ class ChunkChoice(BaseModel):
 
     index: int = Field(description="Position shown at.")
     delta: Delta = Field(description="What is new.")
+    logprobs: dict[str, Any] | None = Field(None, description="OpenAI's `logprobs`, where asked for.")
     finish_reason: str | None = Field(description="Null until the reply has ended.")
     reply_id: str | None = Field(None, description="In a reply's first chunk: the stored reply.")
 
 
 class Chunk(BaseModel):
-    """OpenAI's `chat.completion.chunk`. Written without the fields that were not set."""
+    """OpenAI's `chat.completion.chunk`."""
 
     id: str = Field(description="As in `chat.completion`.")
     object: str = Field(description="OpenAI's type.")
@@ -185,36 +231,9 @@ class Chunk(BaseModel):
     model: str = Field(description="As in `chat.completion`.")
     choices: list[ChunkChoice] = Field(description="Empty in the chunk that carries `usage`.")
     usage: Usage | None = Field(None, description="In the last chunk, where asked for; null before.")
-    comparison: ComparisonTag | None = Field(None, description="In the first chunk of a comparison.")
-
-
-class VoteRequest(BaseModel):
-    """A choice between the two replies of a comparison."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"choice": "first", "comment": "Warmer."}]})
-
-    choice: Literal["first", "second", "tie", "neither"] = Field(
-        description="The better reply, by position shown."
+    comparison: ComparisonTag | None = Field(
+        None, description="In the first chunk of a comparison, and in the one that ends its last reply."
     )
-    comment: Annotated[Text, Field(max_length=4000)] | None = Field(
-        None, description="Why, in the user's words."
-    )
-    tags: list[Annotated[Text, Field(min_length=1, max_length=64)]] = Field(
-        default_factory=list, max_length=16, description="Why, in a client's own labels."
-    )
-    user: Name | None = Field(None, description="The `user` of the chat request; needed where it named one.")
-
-
-class VoteAnswer(BaseModel):
-    """A stored vote, and what was hidden until now: which policies it was between."""
-
-    comparison_id: str = Field(description="The comparison.")
-    choice: str = Field(description="`first`, `second`, `tie` or `neither`.")
-    comment: str | None = Field(description="Why, in the user's words.")
-    tags: list[str] = Field(description="Why, in a client's own labels.")
-    policies: list[str] = Field(description="The policies, in the order shown.")
-    created_at: datetime = Field(description="When the vote was first given.")
-    updated_at: datetime = Field(description="When it last changed.")
 
 
 class Model(BaseModel):
@@ -240,44 +259,3 @@ class Status(BaseModel):
     votes: int = Field(description="Votes so far.")
     cycles: int = Field(description="Cycles begun so far.")
     cycle_stage: str | None = Field(description="Stage of the cycle that runs now; null where none does.")
-
-
-class PolicyView(BaseModel):
-    """A policy, for the operator."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    name: str = Field(description="Its name.")
-    parent: str | None = Field(description="The policy that it was trained from.")
-    cycle_id: int | None = Field(description="The cycle that made it; null for the base.")
-    state: str = Field(description="`published`, `verified`, `rejected` or `refused`.")
-    reason: str | None = Field(description="Why it was rejected or refused.")
-    manifest: dict[str, Any] = Field(description="What the trainer recorded of it.")
-    created_at: datetime = Field(description="When it was published.")
-
-
-class DeploymentView(BaseModel):
-    """The pointer, for the operator."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    live: str = Field(description="The policy that answers.")
-    challenger: str | None = Field(description="The policy on trial.")
-    previous: str | None = Field(description="The policy to fall back to.")
-    changed_at: datetime = Field(description="When the pointer last moved.")
-
-
-class CycleView(BaseModel):
-    """A cycle, for the operator."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    id: int = Field(description="Its number.")
-    trigger: str = Field(description="`votes`, `clock` or `operator`.")
-    stage: str = Field(description="Where it is, or how it ended.")
-    reason: str | None = Field(description="Why it ended so, or what it waits for.")
-    snapshot_sha256: str | None = Field(description="The snapshot that it trains on.")
-    policy: str | None = Field(description="The policy that it made.")
-    metrics: dict[str, Any] = Field(description="Progress and results, by stage.")
-    created_at: datetime = Field(description="When it began.")
-    ended_at: datetime | None = Field(description="When it ended.")

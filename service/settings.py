@@ -6,6 +6,7 @@ Used by the service, the trainer, migrations and the command line; nobody else r
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -50,11 +51,43 @@ class Settings(BaseSettings):
     default_max_tokens: int = Field(512, ge=1)
     """Longest reply in tokens where a request names none; cut to what is left of the context."""
     request_deadline_seconds: float = Field(120.0, gt=0)
-    """A generation that takes longer is aborted."""
+    """A generation that takes longer, its wait in the queue included, is aborted."""
+    call_deadline_seconds: float = Field(30.0, gt=0)
+    """Any other call that takes longer is ended (exports and imports may take their time)."""
+    shutdown_seconds: float = Field(30.0, gt=0)
+    """How long replies under way may take to end when the service is asked to stop."""
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    """Fields of a chat request that are not taken: `ignore` names them in header `x-ratchet-ignored`; `refuse`."""
+
+    # --- comparisons and votes
     comparison_rate: float = Field(0.25, ge=0, le=1)
     """Share of `comparison: auto` requests that are shown two replies."""
+    comparisons_per_hour: int = Field(30, ge=0)
+    """Comparisons that one user is shown in an hour by `comparison: auto`; past it, only the evaluation slice."""
+    evaluation_rate: float = Field(0.02, ge=0, le=1)
+    """Share of `comparison: auto` requests that are shown two whatever the cap says, as a uniform sample."""
     comparison_temperature: float = Field(1.0, gt=0)
     """Sampling temperature where a request names none."""
+    vote_revision_seconds: float = Field(86400.0, ge=0)
+    """How long after it was given a vote or a ranking may be changed or taken back."""
+
+    # --- who may ask, and how much
+    require_keys: bool = False
+    """Refuse calls without a key on loopback too. Elsewhere (`RATCHET_HOST`) a key is always needed."""
+    key: SecretStr | None = None
+    """The key that the command line sends, where one is needed."""
+    requests_per_minute: int = Field(600, ge=1)
+    """Calls that one key may make in a minute."""
+    address_requests_per_minute: int = Field(1200, ge=1)
+    """Calls that one address may make in a minute; this machine's own are not counted."""
+    max_running: int = Field(128, ge=9)
+    """Replies generated at once, in all."""
+    max_running_per_user: int = Field(64, ge=9)
+    """Replies generated at once for one user."""
+    max_queued: int = Field(256, ge=0)
+    """Requests that wait for their turn; more are turned away."""
+    max_import_bytes: int = Field(1 << 30, ge=1)
+    """Largest file that an operator can import."""
 
     # --- learning
     cycle_votes: int = Field(100, ge=1)

@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 CLIENT_CLOSED = 499
 """nginx's status for a client that did not wait; nobody receives it."""
+SLOW_SECONDS = 5.0
 
 
 async def until_gone(receive: Receive, work: Coroutine[None, None, Response]) -> Response:
@@ -38,15 +39,20 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events, each written at once. The generator is closed as soon as the client goes away."""
+    """Server-sent events, each written at once. The generator is closed as soon as the client goes away.
+
+    `deadline`, by the loop's clock: the generator keeps to it by itself; a client that does not read is cut off
+    `SLOW_SECONDS` after.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str], deadline: float) -> None:
         self.status_code = 200
         self.background = None
         self.body = b""
         self._events = events
+        self._deadline = deadline
         self.init_headers(headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
 
@@ -54,16 +60,12 @@ class EventStream(Response):
         task = asyncio.create_task(self._send_all(send))
         await _first(task, receive)
         if not task.cancelled():
-            task.result()
+            with suppress(TimeoutError):
+                task.result()
 
     async def _send_all(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
+        async with asyncio.timeout_at(self._deadline + SLOW_SECONDS), aclosing(self._events) as events:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def event(data: str) -> bytes:
-    """One server-sent event. `data` is one line."""
-    return f"data: {data}\n\n".encode()

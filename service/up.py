@@ -98,7 +98,10 @@ def _start(settings: Settings, runner: Runner, console: Console) -> None:
             _start_database(settings, runner)
     with _step(console, "migrations"):
         _prepare_database(settings, model)
-    runner.start(Part("service", [sys.executable, "-m", "service"]))
+    # Longer than it lets replies under way take to end.
+    runner.start(
+        Part("service", [sys.executable, "-m", "service"], stop_seconds=settings.shutdown_seconds + 5)
+    )
     _wait_until_ready(settings, runner, console, engine_began)
     runner.start(Part("trainer", ["nice", "-n", TRAINER_NICENESS, sys.executable, "-m", "trainer"]))
     runner.check()

@@ -1,119 +1,95 @@
 """`/v1/comparisons/{id}/vote`: a user's choice, given, read and taken back. Answered after commit."""
 
-from typing import Annotated
+from fastapi import APIRouter, Response
+from sqlalchemy import select
 
-from fastapi import APIRouter, Query, Response
-from sqlalchemy import case, delete, func, or_, select
-from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from service import metrics
-from service.context import ContextDep
-from service.engine import FINISHED
+from service import feedback, metrics
+from service.auth import IdentityDep
+from service.context import Context, ContextDep
 from service.errors import Conflict, NotFound
-from service.schemas import ANONYMOUS, Name, VoteAnswer, VoteRequest
-from service.tables import Comparison, ComparisonReply, Reply, User, Vote
+from service.feedback_schemas import EventView, History, VoteAnswer, VoteRequest
+from service.idempotency import IdempotencyKey, once
+from service.schemas import Id
+from service.tables import Reply, Vote
+from service.users import UserQuery
 
 router = APIRouter(tags=["votes"])
 PATH = "/v1/comparisons/{comparison_id}/vote"
-UserQuery = Annotated[Name, Query(description="The `user` of the chat request; needed where it named one.")]
+COLUMNS = ("choice", "comment", "tags")
 
 
 @router.put(PATH)
-async def give_vote(comparison_id: str, body: VoteRequest, context: ContextDep) -> VoteAnswer:
+async def give_vote(
+    comparison_id: Id,
+    body: VoteRequest,
+    identity: IdentityDep,
+    context: ContextDep,
+    key: IdempotencyKey = None,
+) -> VoteAnswer:
     """Vote, or change the vote. Giving the same vote twice is one vote."""
+    user = identity.user(body.user)
     async with context.sessions.begin() as session:
-        user_id = await _shown_to(session, comparison_id, body.user or ANONYMOUS)
-        replies = await _replies(session, comparison_id)
+        user_id = await feedback.shown_to(session, comparison_id, user)
+        call = await once(session, user_id, key, f"PUT {comparison_id}/vote", body)
+        if call.answer is not None:
+            return VoteAnswer.model_validate(call.answer)
+        replies = await feedback.read_replies(session, comparison_id)
         _check_votable(replies)
-        vote = await _store(session, comparison_id, user_id, body)
+        content = body.model_dump(include=set(COLUMNS))
+        vote = await feedback.store(session, Vote, comparison_id, user_id, content, context.settings)
+        answer = _answer(vote, replies, context)
+        call.remember(answer)
     metrics.VOTES.labels(body.choice).inc()
-    return _answer(vote, replies)
+    return answer
 
 
 @router.get(PATH)
-async def read_vote(comparison_id: str, context: ContextDep, user: UserQuery = ANONYMOUS) -> VoteAnswer:
+async def read_vote(
+    comparison_id: Id, identity: IdentityDep, context: ContextDep, user: UserQuery = None
+) -> VoteAnswer:
     """The vote as it is stored."""
     async with context.sessions() as session:
-        user_id = await _shown_to(session, comparison_id, user)
+        user_id = await feedback.shown_to(session, comparison_id, identity.user(user))
         vote = await session.scalar(
             select(Vote).where(Vote.comparison_id == comparison_id, Vote.user_id == user_id)
         )
         if vote is None:
             raise NotFound("There is no vote on this comparison yet.", code="vote_not_found")
-        return _answer(vote, await _replies(session, comparison_id))
+        return _answer(vote, await feedback.read_replies(session, comparison_id), context)
 
 
 @router.delete(PATH, status_code=204)
-async def take_vote_back(comparison_id: str, context: ContextDep, user: UserQuery = ANONYMOUS) -> Response:
+async def take_vote_back(
+    comparison_id: Id, identity: IdentityDep, context: ContextDep, user: UserQuery = None
+) -> Response:
     """Take the vote back; that there is none (any more) is fine."""
     async with context.sessions.begin() as session:
-        user_id = await _shown_to(session, comparison_id, user)
-        await session.execute(
-            delete(Vote).where(Vote.comparison_id == comparison_id, Vote.user_id == user_id)
-        )
+        user_id = await feedback.shown_to(session, comparison_id, identity.user(user))
+        await feedback.take_back(session, Vote, comparison_id, user_id, COLUMNS, context.settings)
     return Response(status_code=204)
 
 
-async def _shown_to(session: AsyncSession, comparison_id: str, user: str) -> int:
-    """The user's id. Raises NotFound where the comparison was not shown to this user."""
-    query = (
-        select(User.id)
-        .join(Comparison, Comparison.user_id == User.id)
-        .where(Comparison.id == comparison_id.replace("\0", ""), User.name == user)
-    )
-    user_id = await session.scalar(query)
-    if user_id is None:
-        raise NotFound(
-            "No such comparison was shown to this user. The field `user` must be that of the chat request.",
-            param="id",
-            code="comparison_not_found",
-        )
-    return user_id
-
-
-async def _replies(session: AsyncSession, comparison_id: str) -> list[Reply]:
-    """In the order shown."""
-    query = (
-        select(Reply)
-        .join(ComparisonReply, ComparisonReply.reply_id == Reply.id)
-        .where(ComparisonReply.comparison_id == comparison_id)
-        .order_by(ComparisonReply.position)
-    )
-    return list(await session.scalars(query))
+@router.get(PATH + "/history")
+async def read_vote_history(
+    comparison_id: Id, identity: IdentityDep, context: ContextDep, user: UserQuery = None
+) -> History:
+    """Each time that the vote was given, revised or undone."""
+    async with context.sessions() as session:
+        user_id = await feedback.shown_to(session, comparison_id, identity.user(user))
+        events = await feedback.read_history(session, comparison_id, user_id, "vote")
+    return History(data=[EventView.model_validate(event) for event in events])
 
 
 def _check_votable(replies: list[Reply]) -> None:
-    """Raises Conflict where a vote would say nothing: a reply still runs or failed, or both are the same."""
-    if any(reply.finish_reason is None for reply in replies):
-        raise Conflict("Both replies must have ended before the vote.", code="comparison_running")
-    if any(reply.finish_reason not in FINISHED for reply in replies):
+    """Raises Conflict where a vote would say nothing."""
+    if len(replies) != 2:
         raise Conflict(
-            "One of the replies did not end, so they cannot be compared.", code="comparison_failed"
+            "A vote is between two replies; PUT .../ranking orders more.", code="comparison_needs_ranking"
         )
-    if len({reply.content for reply in replies}) == 1:
-        raise Conflict("The two replies are identical: there is nothing to choose.", code="replies_identical")
+    feedback.check_worth_it(replies)
 
 
-async def _store(session: AsyncSession, comparison_id: str, user_id: int, body: VoteRequest) -> Vote:
-    """Insert or revise. `updated_at` moves only where something changed."""
-    new = {"choice": body.choice, "comment": body.comment, "tags": body.tags}
-    changed = or_(
-        Vote.choice != body.choice, Vote.comment.is_distinct_from(body.comment), Vote.tags != body.tags
-    )
-    query = (
-        insert(Vote)
-        .values(comparison_id=comparison_id, user_id=user_id, **new)
-        .on_conflict_do_update(
-            index_elements=[Vote.comparison_id, Vote.user_id],
-            set_=new | {"updated_at": case((changed, func.now()), else_=Vote.updated_at)},
-        )
-        .returning(Vote)
-    )
-    return (await session.scalars(query)).one()
-
-
-def _answer(vote: Vote, replies: list[Reply]) -> VoteAnswer:
+def _answer(vote: Vote, replies: list[Reply], context: Context) -> VoteAnswer:
     return VoteAnswer(
         comparison_id=vote.comparison_id,
         choice=vote.choice,
@@ -122,4 +98,5 @@ def _answer(vote: Vote, replies: list[Reply]) -> VoteAnswer:
         policies=[reply.policy for reply in replies],
         created_at=vote.created_at,
         updated_at=vote.updated_at,
+        final_at=feedback.final_at(vote, context.settings),
     )

@@ -1,7 +1,7 @@
 """An engine that does as it is told: for faults that a real vLLM cannot be made to have on demand."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -32,21 +32,21 @@ class FakeEngine:
 
     @asynccontextmanager
     async def generate(
-        self, policy: str, messages: list[Message], sampling: Sampling, count: int
-    ) -> AsyncIterator[AsyncIterator[Piece]]:
+        self, policy: str, messages: Sequence[Message], sampling: Sampling, count: int, *, stream: bool
+    ) -> AsyncIterator[AsyncIterator[list[Piece]]]:
         self._check_alive()
         if policy not in self.held:
             raise PolicyNotLoaded(f"{policy} is not loaded")
-        self.asked.append((policy, messages, sampling, count))
+        self.asked.append((policy, list(messages), sampling, count))
         whole = False
 
-        async def pieces() -> AsyncIterator[Piece]:
+        async def pieces() -> AsyncIterator[list[Piece]]:
             nonlocal whole
             for number, piece in enumerate(self._plan(self.model or policy, count)):
                 if number == self.breaks_after:
                     raise EngineUnavailable("The engine went away.")
                 await asyncio.sleep(self.pause_seconds)
-                yield piece
+                yield [piece]
             whole = True
 
         try:
@@ -57,7 +57,7 @@ class FakeEngine:
     def _plan(self, model: str, count: int) -> list[Piece]:
         plan = []
         for index in range(count):
-            words = self.replies[index].split(" ")
+            words = self.replies[index % len(self.replies)].split(" ")
             for number, word in enumerate(words, start=1):
                 last = number == len(words)
                 plan.append(Piece(index, word + " " * (not last), "stop" if last else None, 7, number, model))

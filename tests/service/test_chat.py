@@ -17,7 +17,11 @@ def test_a_whole_answer_names_its_policy_and_is_stored(serve: Serve, rows: Rows)
     body = answer.json()
     assert answer.headers["x-ratchet-policy"] == body["model"] == "policy-000000"
     assert body["object"] == "chat.completion"
-    assert body["choices"][0]["message"] == {"role": "assistant", "content": "one two"}
+    assert body["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": "one two",
+        "refusal": None,
+    }
     assert body["usage"] == {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
     assert "comparison" not in body
     [(content, reason, prompt_tokens, tokens, messages, user)] = rows(
@@ -68,7 +72,12 @@ def test_a_comparison_shows_both_replies_in_stored_order_and_hides_the_policy(
         assert "x-ratchet-policy" not in answer.headers
         texts = {0: "", 1: ""}
         if stream:
-            assert [("comparison" in chunk) for chunk in chunks(answer)].count(True) == 1
+            first, last = (chunk["comparison"] for chunk in chunks(answer) if "comparison" in chunk)
+            assert (first, last) == (
+                {"id": first["id"]},
+                {"id": first["id"], "votable": True, "why_not": None},
+            )
+            assert chunks(answer)[-1]["comparison"] == last
             comparison = chunks(answer)[0]["comparison"]["id"]
             for chunk in chunks(answer):
                 texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["delta"]["content"]
@@ -89,10 +98,33 @@ def test_a_comparison_shows_both_replies_in_stored_order_and_hides_the_policy(
 
 
 def test_auto_shows_two_at_the_rate_set_and_stores_it(serve: Serve, rows: Rows) -> None:
-    client = serve(FakeEngine(), comparison_rate=0.5)
+    client = serve(FakeEngine(), comparison_rate=0.5, evaluation_rate=0.0)
     shown = ["comparison" in client.post(CHAT, json=ask(comparison="auto")).json() for _ in range(24)]
     assert 2 <= sum(shown) <= 22
     assert rows("SELECT DISTINCT reason, propensity FROM comparisons") == [("auto", 0.5)]
+
+
+def test_auto_stops_at_the_users_cap_but_for_the_evaluation_slice(serve: Serve, rows: Rows) -> None:
+    client = serve(FakeEngine(), comparison_rate=1.0, evaluation_rate=0.3, comparisons_per_hour=2)
+    for _ in range(40):
+        client.post(CHAT, json=ask(comparison="auto", user="ada"))
+    counts = dict(rows("SELECT reason, count(*) FROM comparisons GROUP BY 1"))
+    assert counts["auto"] == 2
+    assert counts["evaluation"] >= 2  # by chance fewer: 1 in 100,000
+    propensities = {round(p, 6) for (p,) in rows("SELECT DISTINCT propensity FROM comparisons")}
+    assert propensities <= {1.0, 0.3}
+    assert 0.3 in propensities
+    shown = "comparison" in client.post(CHAT, json=ask(comparison="always", user="ada")).json()
+    assert shown  # the cap is for what the service chooses to show
+
+
+def test_who_opted_out_is_shown_no_comparison_unasked(serve: Serve) -> None:
+    client = serve(FakeEngine(), comparison_rate=1.0, evaluation_rate=1.0)
+    assert client.patch("/v1/users/me", params={"user": "ada"}, json={"compares": False}).status_code == 200
+    body = ask(comparison="auto", user="ada")
+    assert not any("comparison" in client.post(CHAT, json=body).json() for _ in range(8))
+    client.patch("/v1/users/me", params={"user": "ada"}, json={"compares": True})
+    assert "comparison" in client.post(CHAT, json=body).json()
 
 
 BAD = {

@@ -2,37 +2,8 @@
 
 import pytest
 from conftest import Rows, Serve
-from fastapi import Request
 
-from service.errors import Forbidden
-from service.operator import from_this_machine
 from tests.service.fake_engine import FakeEngine
-
-
-def request(client: str, host: str, origin: str | None = None) -> Request:
-    headers = {"host": host} | ({"origin": origin} if origin else {})
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    return Request({"type": "http", "headers": raw, "client": (client, 5)})
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "[::1]:8000"])
-def test_this_machine_may(host: str) -> None:
-    from_this_machine(request("127.0.0.1", host))
-    from_this_machine(request("::1", host, f"http://{host}"))
-
-
-@pytest.mark.parametrize(
-    ("client", "host", "origin"),
-    [
-        ("192.168.1.7", "127.0.0.1", None),
-        ("127.0.0.1", "evil.example:8000", None),  # a name that was pointed at loopback
-        ("127.0.0.1", "localhost:8000", "http://evil.example"),
-        ("127.0.0.1", "localhost:8000", "null"),
-    ],
-)
-def test_others_may_not(client: str, host: str, origin: str | None) -> None:
-    with pytest.raises(Forbidden):
-        from_this_machine(request(client, host, origin))
 
 
 @pytest.mark.database

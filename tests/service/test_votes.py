@@ -58,7 +58,7 @@ def test_only_whom_it_was_shown_to_can_vote_read_and_take_back(serve: Serve) -> 
 def test_identical_replies_cannot_be_voted_on(serve: Serve) -> None:
     client = serve(FakeEngine(replies=("same", "same")))
     answer = client.put(compare(client), json={"choice": "first"})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "replies_identical")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "replies_alike")
 
 
 def test_a_comparison_with_a_failed_reply_cannot_be_voted_on(serve: Serve, rows: Rows) -> None:

@@ -1,0 +1,332 @@
+"""Stores prompts, replies and comparisons by group commit. Used by `generation.py`; knows nothing of HTTP.
+
+Every reply is written before its id leaves the service and again before its end does, so this is the hot path. Requests hand
+their rows over and wait; one task writes all that has come meanwhile with one statement, which is one transaction, and lets
+them go on once it is committed. A lone request waits for one commit; a hundred at once wait for one or two.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import psycopg
+from sqlalchemy import URL
+
+from service.engine import Message, Sampling
+from service.errors import DatabaseUnavailable
+from service.pairing import Pairing
+
+log = logging.getLogger("ratchet.journal")
+
+CONNECT_SECONDS = 5
+USERS_KNOWN = 100_000
+"""Ids of users that are remembered."""
+
+
+class UserName(NamedTuple):
+    """Whose a request is: the account (empty without keys), and the user within it."""
+
+    account: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The ids of what is under way. `reply_ids` are in the order shown."""
+
+    reply_ids: tuple[str, ...]
+    comparison_id: str | None
+
+    @property
+    def id(self) -> str:
+        """The id of the whole answer."""
+        return self.comparison_id or self.reply_ids[0]
+
+    @classmethod
+    def new(cls, count: int, compared: bool) -> "Stored":
+        """Fresh random ids."""
+        reply_ids = tuple(f"chatcmpl-{secrets.token_hex(16)}" for _ in range(count))
+        return cls(reply_ids, f"cmp-{secrets.token_hex(16)}" if compared else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a reply ended: `stop`, `length`, `error` or `abort`."""
+
+    content: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A prompt with its replies; where `pairing` says so, also their comparison. `ended`: how, where they have."""
+
+    user: UserName
+    messages: Sequence[Message]
+    policy: str
+    sampling: Sampling
+    pairing: Pairing | None
+    conversation: str | None
+    stored: Stored
+    ended: tuple[Ended, ...] | None = None
+
+
+@dataclass(slots=True)
+class _Record:
+    """Something to write, and who waits for it."""
+
+    what: "Begun | tuple[str, Ended]"
+    written: "asyncio.Future[None]"
+
+    @property
+    def id(self) -> str | None:
+        """Of the first reply that it inserts; None where it updates."""
+        return self.what.stored.reply_ids[0] if isinstance(self.what, Begun) else None
+
+
+STORE = """
+WITH prompt AS MATERIALIZED (
+    SELECT nextval('prompts_id_seq') AS id, t.* FROM unnest(
+        %(users)s::bigint[], %(conversations)s::text[], %(messages)s::text[]
+    ) WITH ORDINALITY AS t (user_id, conversation_id, messages, number)
+), new_prompts AS (
+    INSERT INTO prompts (id, user_id, conversation_id, messages)
+    SELECT id, user_id, conversation_id, messages::jsonb FROM prompt
+), new_replies AS (
+    INSERT INTO replies
+        (id, prompt_id, policy, sampling, content, finish_reason, prompt_tokens, completion_tokens, ended_at)
+    SELECT r.id, prompt.id, policy, sampling::jsonb, content, finish_reason, prompt_tokens, completion_tokens,
+        CASE WHEN finish_reason IS NOT NULL THEN now() END
+    FROM unnest(
+        %(reply_prompts)s::bigint[], %(replies)s::text[], %(policies)s::text[], %(samplings)s::text[],
+        %(contents)s::text[], %(reasons)s::text[], %(prompt_tokens)s::int[], %(completion_tokens)s::int[]
+    ) AS r (number, id, policy, sampling, content, finish_reason, prompt_tokens, completion_tokens)
+    JOIN prompt USING (number)
+), new_comparisons AS (
+    INSERT INTO comparisons (id, prompt_id, user_id, reason, propensity)
+    SELECT c.id, prompt.id, prompt.user_id, c.reason, c.propensity FROM unnest(
+        %(comparison_prompts)s::bigint[], %(comparisons)s::text[], %(why)s::text[], %(propensities)s::float8[]
+    ) AS c (number, id, reason, propensity)
+    JOIN prompt USING (number)
+), shown AS (
+    INSERT INTO comparison_replies (comparison_id, position, reply_id)
+    SELECT * FROM unnest(%(shown_in)s::text[], %(positions)s::smallint[], %(shown)s::text[])
+)
+UPDATE replies SET content = e.content, finish_reason = e.finish_reason, prompt_tokens = e.prompt_tokens,
+    completion_tokens = e.completion_tokens, ended_at = now()
+FROM unnest(
+    %(ended)s::text[], %(ended_contents)s::text[], %(ended_reasons)s::text[],
+    %(ended_prompt_tokens)s::int[], %(ended_completion_tokens)s::int[]
+) AS e (id, content, finish_reason, prompt_tokens, completion_tokens)
+WHERE replies.id = e.id
+"""
+MAKE_USERS = """
+WITH asked AS (SELECT * FROM unnest(%(accounts)s::text[], %(names)s::text[]) AS t (account, name)),
+made AS (
+    INSERT INTO users (account, name) SELECT DISTINCT account, name FROM asked
+    ON CONFLICT (account, name) DO NOTHING RETURNING account, name, id
+)
+SELECT account, name, id FROM made
+UNION SELECT account, name, id FROM users JOIN asked USING (account, name)
+"""
+UNREACHABLE = (psycopg.OperationalError, psycopg.InterfaceError)
+
+
+class _NotEnded(NamedTuple):
+    """The columns of a reply that still runs."""
+
+    content: None = None
+    finish_reason: None = None
+    prompt_tokens: None = None
+    completion_tokens: None = None
+
+
+NOT_ENDED = _NotEnded()
+
+
+class Journal:
+    """One per service process, with a connection of its own. Methods raise DatabaseUnavailable."""
+
+    def __init__(self, url: URL) -> None:
+        self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._connection: psycopg.AsyncConnection | None = None
+        self._waiting: list[_Record] = []
+        self._came = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._users: dict[UserName, int] = {}
+
+    async def begin(self, begun: Begun) -> None:
+        """Store a prompt and its replies; committed on return."""
+        await self._store(begun)
+
+    async def end(self, reply_id: str, ended: Ended) -> None:
+        """Store how a reply ended; committed on return."""
+        await self._store((reply_id, ended))
+
+    async def _store(self, what: "Begun | tuple[str, Ended]") -> None:
+        record = _Record(what, asyncio.get_running_loop().create_future())
+        self._waiting.append(record)
+        self._idle.clear()
+        self._came.set()
+        await record.written
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Write while the body runs, and to its end what has come."""
+        self._idle.set()
+        task = asyncio.create_task(self._run(), name="journal")
+        try:
+            yield
+            await self._idle.wait()
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            await self._disconnect()
+
+    async def _run(self) -> None:
+        while True:
+            await self._came.wait()
+            self._came.clear()
+            records, self._waiting = self._waiting, []
+            await self._write(records)
+            if not self._waiting:
+                self._idle.set()
+
+    async def _write(self, records: Sequence[_Record]) -> None:
+        """Write them all; never raises: whoever waits for a record gets its error."""
+        try:
+            await self._write_or_again(records)
+        except psycopg.Error:  # one of them cannot be stored, or its user has just been removed
+            self._users.clear()
+            for record in records:
+                await self._write_alone(record)
+        except Exception as error:
+            _settle(records, error)
+        else:
+            _settle(records, None)
+
+    async def _write_alone(self, record: _Record) -> None:
+        try:
+            await self._write_or_again([record])
+        except Exception as error:
+            _settle([record], error)
+        else:
+            _settle([record], None)
+
+    async def _write_or_again(self, records: Sequence[_Record]) -> None:
+        """Write them; where the connection breaks, once more on a new one, without what was committed unnoticed."""
+        try:
+            await self._execute(records)
+        except UNREACHABLE:
+            await self._disconnect()
+            try:
+                stored = await self._stored(records)
+                await self._execute([record for record in records if record.id not in stored])
+            except UNREACHABLE as error:
+                await self._disconnect()
+                log.warning("the database does not answer: %s", type(error).__name__)
+                raise DatabaseUnavailable(
+                    "The database does not answer. Try again.", code="database"
+                ) from error
+
+    async def _execute(self, records: Sequence[_Record]) -> None:
+        connection = await self._connected()
+        begun = [record.what for record in records if isinstance(record.what, Begun)]
+        ended = [record.what for record in records if not isinstance(record.what, Begun)]
+        await self._learn_users(connection, {one.user for one in begun} - self._users.keys())
+        columns = self._begun_columns(begun) | _ended_columns(ended)
+        await connection.execute(STORE, columns, prepare=True)
+
+    async def _connected(self) -> psycopg.AsyncConnection:
+        if self._connection is None:
+            self._connection = await psycopg.AsyncConnection.connect(
+                self._conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS
+            )
+        return self._connection
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(psycopg.Error):
+                await connection.close()
+
+    async def _stored(self, records: Sequence[_Record]) -> set[str]:
+        """Ids of the records whose rows are there already."""
+        ids = [record.id for record in records if isinstance(record.what, Begun)]
+        cursor = await (await self._connected()).execute("SELECT id FROM replies WHERE id = ANY(%s)", [ids])
+        return {row[0] for row in await cursor.fetchall()}
+
+    async def _learn_users(self, connection: psycopg.AsyncConnection, unknown: set[UserName]) -> None:
+        """Ids of users, made on first sight, also by two processes at once."""
+        if not unknown:
+            return
+        if len(self._users) > USERS_KNOWN:
+            self._users.clear()
+        asked = {"accounts": [user.account for user in unknown], "names": [user.name for user in unknown]}
+        for _ in range(2):  # again, where another process made one between our two looks
+            cursor = await connection.execute(MAKE_USERS, asked)
+            self._users |= {UserName(account, name): id_ async for account, name, id_ in cursor}
+
+    def _begun_columns(self, begun: Sequence[Begun]) -> dict[str, list[Any]]:
+        """What STORE inserts, column by column. Prompts are numbered from 1, for their replies to name them."""
+        numbered = list(enumerate(begun, 1))
+        replies = [
+            (number, reply_id, one, one.ended[position] if one.ended else NOT_ENDED)
+            for number, one in numbered
+            for position, reply_id in enumerate(one.stored.reply_ids)
+        ]
+        compared = [(number, one, one.pairing) for number, one in numbered if one.pairing is not None]
+        shown = [
+            (one.stored.comparison_id, position, reply_id)
+            for _, one, _ in compared
+            for position, reply_id in enumerate(one.stored.reply_ids)
+        ]
+        return {
+            "users": [self._users[one.user] for one in begun],
+            "conversations": [one.conversation for one in begun],
+            "messages": [json.dumps([asdict(message) for message in one.messages]) for one in begun],
+            "reply_prompts": [number for number, *_ in replies],
+            "replies": [reply_id for _, reply_id, *_ in replies],
+            "policies": [one.policy for _, _, one, _ in replies],
+            "samplings": [json.dumps(asdict(one.sampling)) for _, _, one, _ in replies],
+            "contents": [ended.content for *_, ended in replies],
+            "reasons": [ended.finish_reason for *_, ended in replies],
+            "prompt_tokens": [ended.prompt_tokens for *_, ended in replies],
+            "completion_tokens": [ended.completion_tokens for *_, ended in replies],
+            "comparison_prompts": [number for number, *_ in compared],
+            "comparisons": [one.stored.comparison_id for _, one, _ in compared],
+            "why": [pairing.reason for *_, pairing in compared],
+            "propensities": [pairing.propensity for *_, pairing in compared],
+            "shown_in": [comparison_id for comparison_id, _, _ in shown],
+            "positions": [position for _, position, _ in shown],
+            "shown": [reply_id for *_, reply_id in shown],
+        }
+
+
+def _ended_columns(ended: Sequence[tuple[str, Ended]]) -> dict[str, list[Any]]:
+    """What STORE updates, column by column."""
+    return {
+        "ended": [reply_id for reply_id, _ in ended],
+        "ended_contents": [end.content for _, end in ended],
+        "ended_reasons": [end.finish_reason for _, end in ended],
+        "ended_prompt_tokens": [end.prompt_tokens for _, end in ended],
+        "ended_completion_tokens": [end.completion_tokens for _, end in ended],
+    }
+
+
+def _settle(records: Sequence[_Record], error: Exception | None) -> None:
+    for record in records:
+        if record.written.done():  # its request was cancelled
+            continue
+        if error is None:
+            record.written.set_result(None)
+        else:
+            record.written.set_exception(error)

@@ -1,0 +1,80 @@
+"""What the operator's calls answer: policies, the pointer, cycles, keys. Validation only."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+
+class PolicyView(BaseModel):
+    """A policy, for the operator."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    name: str = Field(description="Its name.")
+    parent: str | None = Field(description="The policy that it was trained from.")
+    cycle_id: int | None = Field(description="The cycle that made it; null for the base.")
+    state: str = Field(description="`published`, `verified`, `rejected` or `refused`.")
+    reason: str | None = Field(description="Why it was rejected or refused.")
+    manifest: dict[str, Any] = Field(description="What the trainer recorded of it.")
+    created_at: datetime = Field(description="When it was published.")
+
+
+class DeploymentView(BaseModel):
+    """The pointer, for the operator."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    live: str = Field(description="The policy that answers.")
+    challenger: str | None = Field(description="The policy on trial.")
+    previous: str | None = Field(description="The policy to fall back to.")
+    changed_at: datetime = Field(description="When the pointer last moved.")
+
+
+class CycleView(BaseModel):
+    """A cycle, for the operator."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int = Field(description="Its number.")
+    trigger: str = Field(description="`votes`, `clock` or `operator`.")
+    stage: str = Field(description="Where it is, or how it ended.")
+    reason: str | None = Field(description="Why it ended so, or what it waits for.")
+    snapshot_sha256: str | None = Field(description="The snapshot that it trains on.")
+    policy: str | None = Field(description="The policy that it made.")
+    metrics: dict[str, Any] = Field(description="Progress and results, by stage.")
+    created_at: datetime = Field(description="When it began.")
+    ended_at: datetime | None = Field(description="When it ended.")
+
+
+class KeyRequest(BaseModel):
+    """A key to be made."""
+
+    account: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = Field(
+        description="Whose key it is. Several keys may share an account, and with it its users and conversations."
+    )
+    role: Literal["user", "labeler", "operator"] = Field(
+        "user",
+        description="`user` chats and votes; `labeler` also ranks and writes replies; `operator` also runs the service.",
+    )
+    expires_at: AwareDatetime | None = Field(None, description="When it stops working; never where left out.")
+
+
+class KeyView(BaseModel):
+    """A key, without the key."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int = Field(description="Its number.")
+    account: str = Field(description="Whose key it is.")
+    role: str = Field(description="`user`, `labeler` or `operator`.")
+    hint: str = Field(description="How it begins.")
+    created_at: datetime = Field(description="When it was made.")
+    expires_at: datetime | None = Field(description="When it stops working.")
+    revoked_at: datetime | None = Field(description="When it was revoked.")
+
+
+class NewKey(KeyView):
+    """A key that has just been made."""
+
+    key: str = Field(description="The key. It is not stored: keep it.")
