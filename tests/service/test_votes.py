@@ -86,3 +86,43 @@ def test_a_commit_that_fails_is_not_answered_as_a_vote(serve: Serve, rows: Rows)
     )
     assert client.put(path, json={"choice": "first"}).status_code == 500
     assert rows("SELECT count(*) FROM votes") == [(0,)]
+
+
+def test_every_change_of_a_vote_is_kept(serve: Serve) -> None:
+    client = serve(FakeEngine())
+    path = compare(client)
+    for choice in ("first", "first", "second"):
+        assert client.put(path, json={"choice": choice}).status_code == 200
+    client.delete(path)
+    client.delete(path)
+    client.put(path, json={"choice": "tie"})
+    events = client.get(f"{path}/history").json()["data"]
+    assert [(event["action"], event["content"]["choice"]) for event in events] == [
+        ("given", "first"),
+        ("revised", "second"),
+        ("undone", "second"),
+        ("given", "tie"),
+    ]
+
+
+def test_a_vote_becomes_final(serve: Serve, rows: Rows) -> None:
+    client = serve(FakeEngine(), vote_revision_seconds=60)
+    path = compare(client)
+    client.put(path, json={"choice": "first"})
+    rows("UPDATE votes SET created_at = now() - interval '61 seconds'")
+    assert client.put(path, json={"choice": "first"}).status_code == 200  # nothing changes
+    for refused in (client.put(path, json={"choice": "second"}), client.delete(path)):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "vote_final")
+    assert rows("SELECT choice FROM votes") == [("first",)]
+
+
+def test_a_late_repeat_of_a_call_does_not_undo_a_later_vote(serve: Serve, rows: Rows) -> None:
+    client = serve(FakeEngine())
+    path = compare(client)
+    early = {"json": {"choice": "first"}, "headers": {"idempotency-key": "early"}}
+    assert client.put(path, **early).status_code == 200
+    client.put(path, json={"choice": "second"}, headers={"idempotency-key": "late"})
+    assert client.put(path, **early).json()["choice"] == "first"  # the answer that was lost
+    assert rows("SELECT choice FROM votes") == [("second",)]
+    other = client.put(path, json={"choice": "tie"}, headers={"idempotency-key": "early"})
+    assert other.status_code == 409
