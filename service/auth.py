@@ -82,11 +82,11 @@ def require(role: str, identity: Identity) -> Identity:
     return identity
 
 
-def _labeler(identity: IdentityDep) -> Identity:
+async def _labeler(identity: IdentityDep) -> Identity:
     return require("labeler", identity)
 
 
-def _operator(identity: IdentityDep) -> Identity:
+async def _operator(identity: IdentityDep) -> Identity:
     return require("operator", identity)
 
 

@@ -25,7 +25,7 @@ class Context:
     limits: Limits
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:
     context = request.app.state.context
     assert isinstance(context, Context)
     return context

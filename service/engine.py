@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import aiohttp
 import msgspec
@@ -50,11 +50,11 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one engine chunk adds to reply `index`; token counts are those of that reply so far."""
+class Piece(NamedTuple):
+    """What one engine chunk adds to one of its replies; token counts are those of that reply so far."""
 
-    index: int
+    reply: int
+    """Which of the engine's replies, from 0."""
     text: str
     finish_reason: str | None
     prompt_tokens: int
@@ -226,6 +226,9 @@ class _Usage(msgspec.Struct):
     completion_tokens: int | None = 0
 
 
+NO_USAGE = _Usage()
+
+
 class _Choice(msgspec.Struct):
     """Of a stream (`delta`) or of a whole answer (`message`)."""
 
@@ -247,24 +250,38 @@ class _Answer(msgspec.Struct):
 
 _decode = msgspec.json.Decoder(_Answer).decode
 DONE = b"[DONE]"
+MOST_AT_ONCE = 64
+"""Chunks that are handed on together where many have come."""
 
 
 async def _pieces(content: aiohttp.StreamReader) -> AsyncIterator[list[Piece]]:
     """The chunks of one SSE stream, as they come. Raises EngineUnavailable for an error, an abort, an early end."""
     rest = b""
+    most = 1  # the first token goes on at once, however much has come with it
     while received := await _received(content):
         *events, rest = (rest + received).split(b"\n\n")
-        pieces: list[Piece] = []
-        for event in events:
-            data = event.removeprefix(b"data:").strip()
-            if data == DONE:
+        while events:
+            pieces, whole = _read_events(events[:most])
+            if pieces:
                 yield pieces
+            if whole:
                 return
-            if data and not data.startswith(b":"):
-                pieces += _whole(data)
-        if pieces:
-            yield pieces
+            del events[:most]
+            if any(piece.text for piece in pieces):
+                most = MOST_AT_ONCE
     raise EngineGone("The engine went away while it was answering. Try again.")
+
+
+def _read_events(events: Sequence[bytes]) -> tuple[list[Piece], bool]:
+    """What server-sent events say, and whether the stream has come to its end."""
+    pieces: list[Piece] = []
+    for event in events:
+        data = event.removeprefix(b"data:").strip()
+        if data == DONE:
+            return pieces, True
+        if data and not data.startswith(b":"):
+            pieces += _whole(data)
+    return pieces, False
 
 
 async def _received(content: aiohttp.StreamReader) -> bytes:
@@ -301,17 +318,17 @@ def _piece(answer: _Answer, choice: _Choice) -> Piece:
     reason = choice.finish_reason
     if reason is not None and reason not in FINISHED:
         raise EngineUnavailable("The engine stopped before the answer was whole. Try again.")
-    usage = answer.usage or _Usage()
+    usage = answer.usage or NO_USAGE
     logprobs = bytes(choice.logprobs)
     return Piece(
-        index=choice.index,
+        choice.index,
         # PostgreSQL cannot hold NUL
-        text=(choice.delta.content or choice.message.content or "").replace("\0", "\ufffd"),
-        finish_reason=reason,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens or 0,
-        model=answer.model,
-        logprobs=None if logprobs == b"null" else logprobs,
+        (choice.delta.content or choice.message.content or "").replace("\0", "\ufffd"),
+        reason,
+        usage.prompt_tokens,
+        usage.completion_tokens or 0,
+        answer.model,
+        None if logprobs == b"null" else logprobs,
     )
 
 

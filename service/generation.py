@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from random import SystemRandom
 from types import TracebackType
+from typing import NamedTuple
 
 from service import metrics
 from service.context import Context
@@ -67,8 +68,7 @@ class Voice:
         return Ended(self.content, finish_reason, self.prompt_tokens, self.completion_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
+class Shown(NamedTuple):
     """What is new in the reply shown at `position`. With a `finish_reason` the reply is whole, and stored."""
 
     position: int
@@ -129,14 +129,20 @@ class Generation:
             await asyncio.shield(self._begin_whole(reason))
 
     async def begin(self, stack: AsyncExitStack) -> None:
-        """Open the engine's stream (closed with `stack`), then commit the rows while it works."""
+        """Open the engine's stream (closed with `stack`), and meanwhile, where the answer streams, commit its rows."""
         async with self._in_time():
             await stack.enter_async_context(
                 self._context.limits.generating(self.asked.user, self.asked.count)
             )
-            await self._open(stack)
-        if self.asked.stream:
-            await self._begin(None)
+            if not self.asked.stream:
+                await self._open(stack)
+                return
+            self._context.fleet.route(self.asked.policy)  # raises before anything is stored
+            begun = asyncio.create_task(self._begin(None))
+            try:
+                await self._open(stack)
+            finally:
+                await begun
 
     async def _begin(self, ended: tuple[Ended, ...] | None) -> None:
         """Commit the prompt, its replies and their comparison."""
@@ -198,17 +204,21 @@ class Generation:
                 first = False
                 metrics.FIRST_TOKEN_SECONDS.observe(time.monotonic() - self._started)
             shown = [self._place(piece) for piece in pieces]
-            await asyncio.gather(
-                *(self._end(self.voices[p.position], p.finish_reason) for p in shown if p.finish_reason)
-            )
-            if shown := [part for part in shown if part.text or part.finish_reason]:
-                yield shown
+            shown = [part for part in shown if part.text or part.finish_reason]
+            first_end = next((i for i, part in enumerate(shown) if part.finish_reason), len(shown))
+            if running := shown[:first_end]:
+                yield running  # does not wait for the commit of what ends beside it
+            if ending := shown[first_end:]:
+                await asyncio.gather(
+                    *(self._end(self.voices[p.position], p.finish_reason) for p in ending if p.finish_reason)
+                )
+                yield ending
 
     def _place(self, piece: Piece) -> Shown:
         if piece.model != self.asked.policy:
             metrics.MIXED_POLICY.inc()
             raise MixedPolicy("The engine answered with another policy than the one asked for. Try again.")
-        position = self._order[piece.index]
+        position = self._order[piece.reply]
         self.voices[position].add(piece)
         return Shown(position, piece.text, piece.finish_reason, piece.logprobs)
 
