@@ -58,8 +58,8 @@ def serve(prepared: Settings) -> Iterator[Serve]:
         def start(*fakes: FakeEngine, url: str = "", ready: bool = True, **changes: object) -> httpx.Client:
             settings = prepared.model_copy(update={"engine_urls": (url,), **changes})
             connect: Connect | None = (lambda *_: list(fakes)) if fakes else None
-            address = stack.enter_context(_running(settings, connect))
-            client = stack.enter_context(httpx.Client(base_url=address, timeout=60))
+            server = stack.enter_context(running(settings, connect))
+            client = stack.enter_context(httpx.Client(base_url=address_of(server), timeout=60))
             if ready:
                 wait_until(lambda: client.get("/readyz").status_code == 200)
             return client
@@ -68,7 +68,8 @@ def serve(prepared: Settings) -> Iterator[Serve]:
 
 
 @contextlib.contextmanager
-def _running(settings: Settings, connect: Connect | None) -> Iterator[str]:
+def running(settings: Settings, connect: Connect | None) -> Iterator[uvicorn.Server]:
+    """A service in a thread of its own."""
     config = uvicorn.Config(
         create_app(settings, connect), port=0, log_level="warning", timeout_graceful_shutdown=5
     )
@@ -77,10 +78,15 @@ def _running(settings: Settings, connect: Connect | None) -> Iterator[str]:
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield server
     finally:
         server.should_exit = True
         thread.join()
+
+
+def address_of(server: uvicorn.Server) -> str:
+    """Where a service that runs answers."""
+    return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
