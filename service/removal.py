@@ -1,12 +1,13 @@
 """Removes what people wrote: a conversation, or all of a user. Rows are deleted, so no later snapshot can hold them.
 
 That a snapshot once held a vote stays on record by the vote's number alone, which is how a policy that learnt from it can
-still be named. Each function works within the caller's transaction.
+still be named; its content is taken out of the snapshot's file by the trainer. Each function works within the caller's transaction.
 """
 
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.errors import NotFound
@@ -21,6 +22,7 @@ from service.tables import (
     IdempotentCall,
     Prompt,
     Ranking,
+    RemovedVote,
     Reply,
     SnapshotVote,
     User,
@@ -61,6 +63,7 @@ async def trained_on(session: AsyncSession, user_id: int) -> list[str]:
 async def remove_user(session: AsyncSession, user_id: int) -> Counts:
     """Delete a user's prompts, replies, votes, rankings, demonstrations and conversations, and the user."""
     num_votes = await session.scalar(select(func.count()).where(Vote.user_id == user_id)) or 0
+    await _note_votes(session, Vote.user_id == user_id)
     for table in (Vote, Ranking, FeedbackEvent, Demonstration, IdempotentCall):
         await session.execute(delete(table).where(table.user_id == user_id))
     num_prompts = await _remove_prompts(session, Prompt.user_id == user_id)
@@ -79,9 +82,18 @@ async def _remove_prompts(session: AsyncSession, which: ColumnElement[bool]) -> 
     """Delete prompts and everything that hangs on them, whoever added it. Returns how many there were."""
     prompts = select(Prompt.id).where(which)
     comparisons = select(Comparison.id).where(Comparison.prompt_id.in_(prompts))
+    await _note_votes(session, Vote.comparison_id.in_(comparisons))
     for table in (Vote, Ranking, FeedbackEvent, ComparisonReply):
         await session.execute(delete(table).where(table.comparison_id.in_(comparisons)))
     for hanging in (Comparison, Demonstration, Reply):
         await session.execute(delete(hanging).where(hanging.prompt_id.in_(prompts)))
     deleted = await session.scalars(delete(Prompt).where(which).returning(Prompt.id))
     return len(deleted.all())
+
+
+async def _note_votes(session: AsyncSession, which: ColumnElement[bool]) -> None:
+    """Have the trainer take votes that a snapshot holds out of its file."""
+    held = select(Vote.id).where(which, select(SnapshotVote).where(SnapshotVote.vote_id == Vote.id).exists())
+    await session.execute(
+        insert(RemovedVote).from_select([RemovedVote.vote_id], held).on_conflict_do_nothing()
+    )

@@ -312,7 +312,17 @@ class SnapshotVote(Table):
 
     __tablename__ = "snapshot_votes"
     sha256: Mapped[str] = mapped_column(ForeignKey("snapshots.sha256"), primary_key=True)
-    vote_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, index=True)
+    vote_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False, index=True)
+
+
+class RemovedVote(Table):
+    """A vote of a snapshot that its user had removed; the trainer then takes it out of the snapshot's file too."""
+
+    __tablename__ = "removed_votes"
+    vote_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    removed_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    scrubbed_at: Mapped[datetime | None]
+    __table_args__ = (Index("ix_removed_votes_open", "vote_id", postgresql_where="scrubbed_at IS NULL"),)
 
 
 class Cycle(Table):

@@ -21,6 +21,7 @@ from service.database import check_connection, sync_engine, sync_sessions
 from service.errors import SettingsError
 from service.settings import Settings, get_settings
 from service.tables import Cycle, Vote
+from trainer import snapshot
 from trainer.cycle import run_cycle
 
 LOCK = 7_203_001
@@ -50,6 +51,8 @@ def tick(settings: Settings, engine: Engine, sessions: sessionmaker[Session], co
                 cycle_id = _find_or_start(settings, sessions)
                 if cycle_id is not None:
                     run_cycle(settings, sessions, cycle_id, console)
+                else:
+                    _scrub(settings, sessions)
             finally:
                 lock.execute(text("SELECT pg_advisory_unlock(:number)"), {"number": LOCK})
                 lock.commit()
@@ -71,6 +74,12 @@ def _find_or_start(settings: Settings, sessions: sessionmaker[Session]) -> int |
         session.add(cycle)
         session.flush()
         return cycle.id
+
+
+def _scrub(settings: Settings, sessions: sessionmaker[Session]) -> None:
+    """No cycle is open: what users had removed goes from the snapshots too."""
+    with sessions.begin() as session:
+        snapshot.scrub(session, settings.state / "cycles")
 
 
 def main() -> None:

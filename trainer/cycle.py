@@ -187,7 +187,7 @@ def _any_decided(pairs: list[reward_model.Pair]) -> bool:
 
 def _take_snapshot(run: Run) -> tuple[list[snapshot.Preference], str]:
     """The cycle's own snapshot where it has one, else all votes now."""
-    path = run.folder / "snapshot.jsonl"
+    path = snapshot.file_of(run.settings.state / "cycles", run.id)
     with run.sessions.begin() as session:
         row = session.get_one(Cycle, run.id)
         if row.snapshot_sha256 is not None and path.exists():

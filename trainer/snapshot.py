@@ -5,15 +5,17 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased
 
 from service.tables import (
     Comparison,
     ComparisonReply,
+    Cycle,
     Message,
     Prompt,
+    RemovedVote,
     Reply,
     Snapshot,
     SnapshotVote,
@@ -74,9 +76,7 @@ def save(preferences: list[Preference], path: Path, session: Session) -> str:
     """Writes the file and the row; the caller commits. Returns the sha256 that both are known by."""
     lines = "".join(json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) + "\n" for row in preferences)
     content = lines.encode()
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.rename(path)
+    _replace(path, content)
     sha256 = hashlib.sha256(content).hexdigest()
     session.execute(
         insert(Snapshot).values(sha256=sha256, num_votes=len(preferences)).on_conflict_do_nothing()
@@ -95,3 +95,42 @@ def load(path: Path, sha256: str) -> list[Preference]:
             f"The snapshot {path.name} is not the one that this cycle began with (sha256 differs)."
         )
     return [Preference(**json.loads(line)) for line in content.decode().splitlines()]
+
+
+def scrub(session: Session, cycles: Path) -> int:
+    """Takes votes that their users had removed out of the snapshots' files; the caller commits. Returns how many.
+
+    Only while no cycle is open: a scrubbed file no longer has the sha256 that a cycle is taken up again by.
+    """
+    rows = session.execute(
+        select(Cycle.id, RemovedVote.vote_id)
+        .join(SnapshotVote, SnapshotVote.sha256 == Cycle.snapshot_sha256)
+        .join(RemovedVote, RemovedVote.vote_id == SnapshotVote.vote_id)
+        .where(RemovedVote.scrubbed_at.is_(None))
+    )
+    removed: dict[int, set[int]] = {}
+    for cycle_id, vote_id in rows:
+        removed.setdefault(cycle_id, set()).add(vote_id)
+    for cycle_id, vote_ids in removed.items():
+        _drop(file_of(cycles, cycle_id), vote_ids)
+    gone = set().union(*removed.values())
+    session.execute(update(RemovedVote).where(RemovedVote.vote_id.in_(gone)).values(scrubbed_at=func.now()))
+    return len(gone)
+
+
+def _drop(path: Path, vote_ids: set[int]) -> None:
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["vote_id"] not in vote_ids]
+        _replace(path, "".join(line + "\n" for line in kept).encode())
+
+
+def file_of(cycles: Path, cycle_id: int) -> Path:
+    """A cycle's snapshot, in the folder of all cycles."""
+    return cycles / f"{cycle_id:06d}" / "snapshot.jsonl"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.rename(path)

@@ -181,6 +181,16 @@ def _snapshot_votes() -> None:
         reference("snapshot_votes", "sha256", "snapshots.sha256"),
     )
     op.create_index("ix_snapshot_votes_vote_id", "snapshot_votes", ["vote_id"])
+    op.create_table(
+        "removed_votes",
+        sa.Column("vote_id", sa.BigInteger, autoincrement=False, nullable=False),
+        time("removed_at"),
+        sa.Column("scrubbed_at", sa.DateTime(timezone=True)),
+        sa.PrimaryKeyConstraint("vote_id", name="pk_removed_votes"),
+    )
+    op.create_index(
+        "ix_removed_votes_open", "removed_votes", ["vote_id"], postgresql_where=sa.text("scrubbed_at IS NULL")
+    )
     op.execute(
         "INSERT INTO snapshot_votes (sha256, vote_id) "
         "SELECT DISTINCT sha256, vote_id::bigint FROM snapshots, jsonb_array_elements_text(vote_ids) AS vote_id"
@@ -195,7 +205,14 @@ def downgrade() -> None:
         "FROM snapshot_votes WHERE snapshot_votes.sha256 = snapshots.sha256)"
     )
     op.alter_column("snapshots", "vote_ids", server_default=None)
-    for table in ("snapshot_votes", "idempotent_calls", "demonstrations", "feedback_events", "rankings"):
+    for table in (
+        "snapshot_votes",
+        "removed_votes",
+        "idempotent_calls",
+        "demonstrations",
+        "feedback_events",
+        "rankings",
+    ):
         op.drop_table(table)
     _remove_what_has_no_place()
     op.create_index("ix_comparisons_user_id", "comparisons", ["user_id"])

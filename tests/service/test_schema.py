@@ -22,6 +22,7 @@ from service.tables import (
     Policy,
     Prompt,
     Ranking,
+    RemovedVote,
     Reply,
     Snapshot,
     SnapshotVote,
@@ -46,6 +47,7 @@ def add_a_row_of_everything(settings: Settings) -> None:
         session.add(Snapshot(sha256="ab", num_votes=1))
         session.flush()
         session.add(SnapshotVote(sha256="ab", vote_id=1))
+        session.add(RemovedVote(vote_id=1))
         session.add(Cycle(id=1, trigger="votes", stage="promoted", snapshot_sha256="ab"))
         session.flush()
         adapter = Policy(

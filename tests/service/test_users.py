@@ -49,6 +49,7 @@ def test_removal_leaves_nothing_of_the_user_and_all_of_the_others(serve: Serve, 
     )
     removed = client.delete("/v1/users/me", params={"user": "ada"})
     assert removed.json() == {"prompts": 3, "votes": 1, "policies": ["policy-000001"]}
+    assert rows("SELECT vote_id FROM removed_votes") == [(vote_id,)]  # for the trainer to take from its files
     for table in Table.metadata.sorted_tables:
         stored = str(rows(f"SELECT t::text FROM {table.name} t"))
         assert "ada" not in stored, table.name

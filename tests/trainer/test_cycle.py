@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.database import sync_engine, sync_sessions
@@ -21,6 +21,7 @@ from service.tables import (
     Deployment,
     Policy,
     Prompt,
+    RemovedVote,
     Reply,
     Snapshot,
     SnapshotVote,
@@ -269,3 +270,22 @@ def test_what_starts_a_cycle(settings: Settings, sessions: sessionmaker[Session]
     assert trigger(now) == "votes"
     request_cycle(sessions)
     assert trigger(later) is None
+
+
+def test_what_a_user_had_removed_goes_from_the_snapshots_too(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_votes(sessions, 3)
+    cycles = settings.state / "cycles"
+    path = snapshot.file_of(cycles, request_cycle(sessions))
+    path.parent.mkdir(parents=True)
+    with sessions.begin() as session:
+        taken = snapshot.take(session)
+        sha256 = snapshot.save(taken, path, session)
+        session.execute(update(Cycle).values(snapshot_sha256=sha256, stage="rejected", ended_at=func.now()))
+        session.add(RemovedVote(vote_id=taken[1].vote_id))
+    for expected in (1, 0):
+        with sessions.begin() as session:
+            assert snapshot.scrub(session, cycles) == expected
+        left = [json.loads(line)["vote_id"] for line in path.read_text().splitlines()]
+        assert left == [taken[0].vote_id, taken[2].vote_id]
