@@ -130,19 +130,25 @@ class Generation:
 
     async def begin(self, stack: AsyncExitStack) -> None:
         """Open the engine's stream (closed with `stack`), and meanwhile, where the answer streams, commit its rows."""
-        async with self._in_time():
-            await stack.enter_async_context(
-                self._context.limits.generating(self.asked.user, self.asked.count)
-            )
-            if not self.asked.stream:
-                await self._open(stack)
-                return
-            self._context.fleet.route(self.asked.policy)  # raises before anything is stored
-            begun = asyncio.create_task(self._begin(None))
-            try:
-                await self._open(stack)
-            finally:
-                await begun
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                await stack.enter_async_context(
+                    self._context.limits.generating(self.asked.user, self.asked.count)
+                )
+                await self._open_and_begin(stack)
+        except TimeoutError:
+            raise self._too_late() from None
+
+    async def _open_and_begin(self, stack: AsyncExitStack) -> None:
+        self._context.fleet.route(self.asked.policy)  # raises before anything is stored
+        if not self.asked.stream:
+            await self._open(stack)
+            return
+        begun = asyncio.create_task(self._begin(None))
+        try:
+            await self._open(stack)
+        finally:
+            await begun
 
     async def _begin(self, ended: tuple[Ended, ...] | None) -> None:
         """Commit the prompt, its replies and their comparison."""
@@ -230,19 +236,15 @@ class Generation:
             await self._begin_whole("error")
 
     async def _next(self) -> list[Piece] | None:
-        async with self._in_time():
-            return await anext(self._pieces, None)
-
-    @asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout_at(self.deadline):
-                yield
+                return await anext(self._pieces, None)
         except TimeoutError:
-            seconds = self._context.settings.request_deadline_seconds
-            raise DeadlineExceeded(
-                f"The answer took longer than {seconds:g} s. Ask for fewer tokens."
-            ) from None
+            raise self._too_late() from None
+
+    def _too_late(self) -> DeadlineExceeded:
+        seconds = self._context.settings.request_deadline_seconds
+        return DeadlineExceeded(f"The answer took longer than {seconds:g} s. Ask for fewer tokens.")
 
     async def _end(self, voice: Voice, finish_reason: str) -> None:
         """Commit how a reply ended, where its row is there already; else it is stored whole."""

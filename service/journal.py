@@ -6,14 +6,14 @@ them go on once it is committed. A lone request waits for one commit; a hundred 
 """
 
 import asyncio
-import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgspec
 import psycopg
 from sqlalchemy import URL
 
@@ -92,39 +92,35 @@ class _Record:
 
 
 STORE = """
-WITH prompt AS MATERIALIZED (
-    SELECT nextval('prompts_id_seq') AS id, t.* FROM unnest(
-        %(users)s::bigint[], %(conversations)s::text[], %(messages)s::text[]
-    ) WITH ORDINALITY AS t (user_id, conversation_id, messages, number)
+WITH batch AS MATERIALIZED (SELECT %s::jsonb AS rows),
+prompt AS MATERIALIZED (
+    SELECT nextval('prompts_id_seq') AS id, p.* FROM batch, jsonb_to_recordset(rows->'prompts')
+    AS p (number int, user_id bigint, conversation_id text, messages jsonb)
 ), new_prompts AS (
     INSERT INTO prompts (id, user_id, conversation_id, messages)
-    SELECT id, user_id, conversation_id, messages::jsonb FROM prompt
+    SELECT id, user_id, conversation_id, messages FROM prompt
 ), new_replies AS (
     INSERT INTO replies
         (id, prompt_id, policy, sampling, content, finish_reason, prompt_tokens, completion_tokens, ended_at)
-    SELECT r.id, prompt.id, policy, sampling::jsonb, content, finish_reason, prompt_tokens, completion_tokens,
+    SELECT r.id, prompt.id, policy, sampling, content, finish_reason, prompt_tokens, completion_tokens,
         CASE WHEN finish_reason IS NOT NULL THEN now() END
-    FROM unnest(
-        %(reply_prompts)s::bigint[], %(replies)s::text[], %(policies)s::text[], %(samplings)s::text[],
-        %(contents)s::text[], %(reasons)s::text[], %(prompt_tokens)s::int[], %(completion_tokens)s::int[]
-    ) AS r (number, id, policy, sampling, content, finish_reason, prompt_tokens, completion_tokens)
+    FROM batch, jsonb_to_recordset(rows->'replies') AS r (number int, id text, policy text, sampling jsonb,
+        content text, finish_reason text, prompt_tokens int, completion_tokens int)
     JOIN prompt USING (number)
 ), new_comparisons AS (
     INSERT INTO comparisons (id, prompt_id, user_id, reason, propensity)
-    SELECT c.id, prompt.id, prompt.user_id, c.reason, c.propensity FROM unnest(
-        %(comparison_prompts)s::bigint[], %(comparisons)s::text[], %(why)s::text[], %(propensities)s::float8[]
-    ) AS c (number, id, reason, propensity)
+    SELECT c.id, prompt.id, prompt.user_id, c.reason, c.propensity
+    FROM batch, jsonb_to_recordset(rows->'comparisons') AS c (number int, id text, reason text, propensity float8)
     JOIN prompt USING (number)
 ), shown AS (
     INSERT INTO comparison_replies (comparison_id, position, reply_id)
-    SELECT * FROM unnest(%(shown_in)s::text[], %(positions)s::smallint[], %(shown)s::text[])
+    SELECT s.comparison_id, s.position, s.reply_id FROM batch, jsonb_to_recordset(rows->'shown')
+    AS s (comparison_id text, position smallint, reply_id text)
 )
 UPDATE replies SET content = e.content, finish_reason = e.finish_reason, prompt_tokens = e.prompt_tokens,
     completion_tokens = e.completion_tokens, ended_at = now()
-FROM unnest(
-    %(ended)s::text[], %(ended_contents)s::text[], %(ended_reasons)s::text[],
-    %(ended_prompt_tokens)s::int[], %(ended_completion_tokens)s::int[]
-) AS e (id, content, finish_reason, prompt_tokens, completion_tokens)
+FROM batch, jsonb_to_recordset(rows->'ended')
+    AS e (id text, content text, finish_reason text, prompt_tokens int, completion_tokens int)
 WHERE replies.id = e.id
 """
 MAKE_USERS = """
@@ -137,18 +133,6 @@ SELECT account, name, id FROM made
 UNION SELECT account, name, id FROM users JOIN asked USING (account, name)
 """
 UNREACHABLE = (psycopg.OperationalError, psycopg.InterfaceError)
-
-
-class _NotEnded(NamedTuple):
-    """The columns of a reply that still runs."""
-
-    content: None = None
-    finish_reason: None = None
-    prompt_tokens: None = None
-    completion_tokens: None = None
-
-
-NOT_ENDED = _NotEnded()
 
 
 class Journal:
@@ -242,8 +226,9 @@ class Journal:
         begun = [record.what for record in records if isinstance(record.what, Begun)]
         ended = [record.what for record in records if not isinstance(record.what, Begun)]
         await self._learn_users(connection, {one.user for one in begun} - self._users.keys())
-        columns = self._begun_columns(begun) | _ended_columns(ended)
-        await connection.execute(STORE, columns, prepare=True)
+        await connection.execute(
+            STORE, [msgspec.json.encode(self._rows(begun, ended)).decode()], prepare=True
+        )
 
     async def _connected(self) -> psycopg.AsyncConnection:
         if self._connection is None:
@@ -275,51 +260,60 @@ class Journal:
             cursor = await connection.execute(MAKE_USERS, asked)
             self._users |= {UserName(account, name): id_ async for account, name, id_ in cursor}
 
-    def _begun_columns(self, begun: Sequence[Begun]) -> dict[str, list[Any]]:
-        """What STORE inserts, column by column. Prompts are numbered from 1, for their replies to name them."""
-        numbered = list(enumerate(begun, 1))
-        replies = [
-            (number, reply_id, one, one.ended[position] if one.ended else NOT_ENDED)
-            for number, one in numbered
-            for position, reply_id in enumerate(one.stored.reply_ids)
-        ]
-        compared = [(number, one, one.pairing) for number, one in numbered if one.pairing is not None]
-        shown = [
-            (one.stored.comparison_id, position, reply_id)
-            for _, one, _ in compared
-            for position, reply_id in enumerate(one.stored.reply_ids)
-        ]
-        return {
-            "users": [self._users[one.user] for one in begun],
-            "conversations": [one.conversation for one in begun],
-            "messages": [json.dumps([asdict(message) for message in one.messages]) for one in begun],
-            "reply_prompts": [number for number, *_ in replies],
-            "replies": [reply_id for _, reply_id, *_ in replies],
-            "policies": [one.policy for _, _, one, _ in replies],
-            "samplings": [json.dumps(asdict(one.sampling)) for _, _, one, _ in replies],
-            "contents": [ended.content for *_, ended in replies],
-            "reasons": [ended.finish_reason for *_, ended in replies],
-            "prompt_tokens": [ended.prompt_tokens for *_, ended in replies],
-            "completion_tokens": [ended.completion_tokens for *_, ended in replies],
-            "comparison_prompts": [number for number, *_ in compared],
-            "comparisons": [one.stored.comparison_id for _, one, _ in compared],
-            "why": [pairing.reason for *_, pairing in compared],
-            "propensities": [pairing.propensity for *_, pairing in compared],
-            "shown_in": [comparison_id for comparison_id, _, _ in shown],
-            "positions": [position for _, position, _ in shown],
-            "shown": [reply_id for *_, reply_id in shown],
-        }
+    def _rows(self, begun: Sequence[Begun], ended: Sequence[tuple[str, Ended]]) -> dict[str, list[Any]]:
+        """What STORE writes, table by table. Prompts are numbered, for their replies and comparisons to name them."""
+        rows: dict[str, list[Any]] = {"prompts": [], "replies": [], "comparisons": [], "shown": []}
+        for number, one in enumerate(begun):
+            rows["prompts"].append(
+                {
+                    "number": number,
+                    "user_id": self._users[one.user],
+                    "conversation_id": one.conversation,
+                    "messages": one.messages,
+                }
+            )
+            rows["replies"] += _reply_rows(number, one)
+            if one.pairing is not None:
+                rows["comparisons"].append(_comparison_row(number, one.stored, one.pairing))
+                rows["shown"] += _shown_rows(one.stored)
+        rows["ended"] = [{"id": reply_id, **_ended_row(end)} for reply_id, end in ended]
+        return rows
 
 
-def _ended_columns(ended: Sequence[tuple[str, Ended]]) -> dict[str, list[Any]]:
-    """What STORE updates, column by column."""
+def _reply_rows(number: int, one: Begun) -> list[dict[str, Any]]:
+    ended = one.ended or (None,) * len(one.stored.reply_ids)
+    return [
+        {"number": number, "id": reply_id, "policy": one.policy, "sampling": one.sampling, **_ended_row(end)}
+        for reply_id, end in zip(one.stored.reply_ids, ended, strict=True)
+    ]
+
+
+def _ended_row(ended: Ended | None) -> dict[str, Any]:
+    """How a reply ended; nothing while it runs."""
+    if ended is None:
+        return {}
     return {
-        "ended": [reply_id for reply_id, _ in ended],
-        "ended_contents": [end.content for _, end in ended],
-        "ended_reasons": [end.finish_reason for _, end in ended],
-        "ended_prompt_tokens": [end.prompt_tokens for _, end in ended],
-        "ended_completion_tokens": [end.completion_tokens for _, end in ended],
+        "content": ended.content,
+        "finish_reason": ended.finish_reason,
+        "prompt_tokens": ended.prompt_tokens,
+        "completion_tokens": ended.completion_tokens,
     }
+
+
+def _comparison_row(number: int, stored: Stored, pairing: Pairing) -> dict[str, Any]:
+    return {
+        "number": number,
+        "id": stored.comparison_id,
+        "reason": pairing.reason,
+        "propensity": pairing.propensity,
+    }
+
+
+def _shown_rows(stored: Stored) -> list[dict[str, Any]]:
+    return [
+        {"comparison_id": stored.comparison_id, "position": position, "reply_id": reply_id}
+        for position, reply_id in enumerate(stored.reply_ids)
+    ]
 
 
 def _settle(records: Sequence[_Record], error: Exception | None) -> None:
