@@ -51,6 +51,10 @@ class Answer:
     comparison_id: str | None
 
 
+NOT_VOTABLE = ("replies_alike", "comparison_cut_off")
+"""Codes of comparisons that the service does not offer for a vote."""
+
+
 @dataclass(slots=True)
 class Tally:
     """What went right and wrong over a whole run, counted from outside."""
@@ -128,11 +132,11 @@ class Client:
             )
 
     async def vote(self, comparison_id: str, choice: str, *, user: str) -> bool:
-        """Whether the vote was taken: one on two identical replies is not, and that is no failure."""
+        """Whether the vote was taken: one on replies that are not worth a vote is not, and that is no failure."""
         with self._counting("vote"):
             path = f"/v1/comparisons/{comparison_id}/vote"
             async with self._session.put(path, json={"choice": choice, "user": user}) as response:
-                if response.status == 409 and (await response.json())["error"]["code"] == "replies_identical":
+                if response.status == 409 and (await response.json())["error"]["code"] in NOT_VOTABLE:
                     return False
                 await _check_status(response)
                 policies = set((await response.json())["policies"])

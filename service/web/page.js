@@ -7,6 +7,12 @@ const byId = (id) => document.getElementById(id);
 const talk = byId("talk"), text = byId("text"), send = byId("send"), stop = byId("stop");
 const CHOICES = [["first", "First"], ["second", "Second"], ["tie", "Tie"], ["neither", "Neither"]];
 
+const NOT_VOTABLE = {
+  replies_alike: "The two answers say the same, so there is nothing to choose.",
+  comparison_cut_off: "One of the answers was cut off, so they cannot be compared.",
+  comparison_failed: "One of the answers failed, so they cannot be compared.",
+};
+
 let messages = [];       // the conversation as the model sees it
 let running = null;      // AbortController of the answer that is coming
 
@@ -47,11 +53,11 @@ async function ask(content) {
 }
 
 async function answer(turn) {
-  const comparison = byId("always").checked ? "always" : "auto";
+  const mode = byId("always").checked ? "always" : "auto";
   const bubbles = [];
-  let comparisonId = null;
-  for await (const chunk of chat(messages, comparison, running.signal)) {
-    comparisonId ??= chunk.comparison?.id ?? null;
+  let comparison = null;
+  for await (const chunk of chat(messages, mode, running.signal)) {
+    comparison = chunk.comparison ?? comparison;   // the last one says whether the replies are worth a vote
     for (const choice of chunk.choices) {
       bubbles[choice.index] ??= add(turn, "div", "bubble reply");
       bubbles[choice.index].textContent += choice.delta.content ?? "";
@@ -61,7 +67,8 @@ async function answer(turn) {
   }
   const reply = { role: "assistant", content: bubbles[0].textContent };
   messages.push(reply);
-  if (comparisonId) offerVote(turn, bubbles, comparisonId, reply);
+  if (comparison?.votable) offerVote(turn, bubbles, comparison.id, reply);
+  else if (comparison) add(turn, "p", "quiet note", NOT_VOTABLE[comparison.why_not] ?? "");
 }
 
 // Until a vote says otherwise the conversation goes on with the first answer.

@@ -81,3 +81,11 @@ def test_an_answer_can_be_stopped(serve: Serve, page: Page) -> None:
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     expect(page.locator(".trouble")).to_have_count(0)
+
+
+def test_answers_that_say_the_same_are_not_offered_for_a_vote(serve: Serve, page: Page) -> None:
+    page.goto(str(serve(FakeEngine(replies=("It is so.", "It is so!"))).base_url))
+    page.get_by_label("always show two").check()
+    say(page, "is it?")
+    expect(page.get_by_text("The two answers say the same")).to_be_visible()
+    expect(page.get_by_role("button", name="First")).to_have_count(0)

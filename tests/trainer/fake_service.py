@@ -81,7 +81,7 @@ class FakeService:
         comparison_id, body = request.match_info["id"], await request.json()
         first, second = self.replies[self.live]
         if first == second:
-            error = {"message": "identical", "code": "replies_identical"}
+            error = {"message": "identical", "code": "replies_alike"}
             return web.json_response({"error": error}, status=409)
         self.votes.append((comparison_id, body["user"], body["choice"]))
         if len(self.votes) % self.cycle_votes == 0:
