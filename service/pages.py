@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import func, select
 
 from service import policies
-from service.auth import KNOWN_CALLER
+from service.auth import KNOWN_CALLER, OPERATOR_ONLY
 from service.context import ContextDep
 from service.errors import EngineUnavailable, NotFound
 from service.schemas import ALIAS, Id, Model, ModelList, Status
@@ -62,9 +62,9 @@ async def readyz(context: ContextDep) -> dict[str, str]:
     return {"status": "ready", "live": live}
 
 
-@router.get("/metrics")
+@router.get("/metrics", dependencies=[OPERATOR_ONLY])
 async def metrics_text() -> Response:
-    """Metrics for Prometheus."""
+    """Metrics for Prometheus. For the operator: they count by policy, which would tell a voter who answered."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -74,7 +74,14 @@ def test_where_keys_are_needed_nothing_but_health_answers_without(serve: Serve) 
     }
     client = serve(FakeEngine(), require_keys=True)
     assert client.get("/healthz").status_code == 200
-    for path in ("/v1/models", "/v1/status", "/operator/keys", "/v1/conversations", "/v1/users/me"):
+    for path in (
+        "/v1/models",
+        "/v1/status",
+        "/operator/keys",
+        "/v1/conversations",
+        "/v1/users/me",
+        "/metrics",
+    ):
         assert client.get(path).status_code == 401, path
     assert client.post(CHAT, json=ask()).status_code == 401
     assert client.post(CHAT, json=ask(), headers=bearer(keys["user"])).status_code == 200
