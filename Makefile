@@ -8,10 +8,10 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock" pyproject.toml
 LOCK_CPU := $(LOCK) requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test check clean lock
+.PHONY: help up demo test check bench-gateway clean lock
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 up: ## set everything up and run it on http://127.0.0.1:8000, until Ctrl-C
 	@sh deploy/setup.sh $(BUILD)
@@ -32,8 +32,12 @@ check: ## formatting, lint, types and the quick tests
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -q -m "not database and not engine and not browser"
 
+bench-gateway: ## Ratchet beside bare vLLM, LiteLLM and TensorZero, in 20 minutes; PART=mock or vllm, ROUNDS=5
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.gateway $(PART) $(if $(ROUNDS),--rounds $(ROUNDS))
+
 clean: ## remove what was installed and cached; the state folder stays
-	rm -rf .venv .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-gpu .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 lock: ## renew the pinned versions in requirements/ (needs uv)
