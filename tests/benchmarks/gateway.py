@@ -26,7 +26,7 @@ from tests.benchmarks.gateway_report import (
     vllm_goals,
     vllm_report,
 )
-from tests.benchmarks.gateway_samples import Samples
+from tests.benchmarks.gateway_samples import Samples, cpu_seconds
 from tests.benchmarks.gateway_servers import PEERS, ROOT
 
 RESULTS = Path(__file__).with_name("results")
@@ -43,12 +43,14 @@ def main() -> int:
     machine = _machine(with_peers=options.part != "vllm")
     print("## Gateway\n\n" + "\n".join(f"- {name}: {value}" for name, value in machine.items()), flush=True)
     samples, goals = Samples(), list[Goal]()
+    others = Others()
     if options.part in ("mock", "all"):
         _measure_mock(options, samples, goals)
     if options.part in ("vllm", "all"):
         _measure_vllm(options, samples, goals)
     faults = faults_report(samples)
-    print(f"\n{goals_report(goals)}\n\n{faults}")
+    machine["others"] = f"{others.share():.0%} of all cores' time went to processes outside this benchmark"
+    print(f"\n{goals_report(goals)}\n\n- {machine['others']}\n\n{faults}")
     RESULTS.mkdir(exist_ok=True)
     out = RESULTS / time.strftime("gateway-%Y%m%d-%H%M%S.json")
     out.write_text(
@@ -72,6 +74,24 @@ def _measure_vllm(options: argparse.Namespace, samples: Samples, goals: list[Goa
     print(f"\n{vllm_report(found)}", flush=True)
     samples.all += found.all
     goals += vllm_goals(found)
+
+
+class Others:
+    """What the rest of the machine uses meanwhile: where that is much, only ratios and CPU times mean anything."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic(), self._seconds()
+
+    def share(self) -> float:
+        """Of all cores' time since the beginning."""
+        began, seconds = self._began
+        return (self._seconds() - seconds) / (time.monotonic() - began) / (psutil.cpu_count() or 1)
+
+    @staticmethod
+    def _seconds() -> float:
+        times = psutil.cpu_times()
+        busy = times.user + times.nice + times.system + times.irq + times.softirq
+        return float(busy) - cpu_seconds(psutil.Process())
 
 
 def _options() -> argparse.Namespace:
