@@ -179,10 +179,11 @@ async def saturate(
     await asyncio.wait_for(idle.wait(), LONGEST_SECONDS)
     for client in clients:
         client.close()
-    return _flow(exchanges, opened, closed)
+    return flow_between(exchanges, opened, closed)
 
 
-def _flow(exchanges: list[Exchange], opened: float, closed: float) -> Flow:
+def flow_between(exchanges: list[Exchange], opened: float, closed: float) -> Flow:
+    """What of these answers fell between two times."""
     flow = Flow(closed - opened, answers=sum(not each.fault for each in exchanges))
     for each in exchanges:
         inside = min(each.ended, closed) - max(each.began, opened)
