@@ -11,7 +11,7 @@ LOCK_CPU := $(LOCK) requirements/needs.in --overrides requirements/overrides.txt
 .PHONY: help up demo test check clean lock
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 up: ## set everything up and run it on http://127.0.0.1:8000, until Ctrl-C
 	@sh deploy/setup.sh $(BUILD)
@@ -31,6 +31,11 @@ check: ## formatting, lint, types and the quick tests
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -q -m "not database and not engine and not browser"
+
+.PHONY: bench-durability
+bench-durability: ## kill -9 every part again and again while users vote, and see that no acknowledged vote is lost
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.durability
 
 clean: ## remove what was installed and cached; the state folder stays
 	rm -rf .venv .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
