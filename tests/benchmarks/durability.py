@@ -139,7 +139,7 @@ class Run:
             **{f"kills {name}": _by_kind(self._kills, name) for name in WEIGHTS},
             "acknowledged": len(self._tally.acknowledged_at),
             **{name: counts[name] for name in ("given", "revised", "taken back", "delivered twice")},
-            **{name: counts[name] for name in ("refused", "answers lost", "given up")},
+            **{name: counts[name] for name in ("not reached", "refused", "answers lost", "given up")},
             **summary(self._clients, stored),
             **{name: counts[name] for name in ("comparisons", "chats refused", "chats cut off")},
             "longest outage s": round(max(self._outages()), 2),

@@ -145,6 +145,9 @@ class Client:
             async with answer as response:
                 text = await response.text()
                 return self._note(voted, call, response, text)
+        except aiohttp.ClientConnectorError:
+            self._tally.counts["not reached"] += 1
+            return 0.0
         except LOST:
             self._tally.counts["answers lost"] += 1
             return 0.0

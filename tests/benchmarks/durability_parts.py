@@ -77,9 +77,9 @@ class Supervised:
             victims = chance.choices(tree[1:], [_memory(process) + 1 for process in tree[1:]])
         else:
             victims = tree if how == "all" else tree[:1]
-        for process in victims:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        for pid in [process.pid for process in victims]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.num_kills += 1
         return how
 
