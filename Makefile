@@ -37,6 +37,11 @@ bench-durability: ## kill -9 every part again and again while users vote, and se
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.durability
 
+.PHONY: bench-scale
+bench-scale: ## a million stored replies: what calls take, how statements are planned, what exports cost
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.scale
+
 clean: ## remove what was installed and cached; the state folder stays
 	rm -rf .venv .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

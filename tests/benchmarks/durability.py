@@ -34,7 +34,7 @@ from tests.benchmarks.durability_parts import (
     running,
     wait_until_answering,
 )
-from tests.benchmarks.results import print_table, write_results
+from tests.benchmarks.results import print_columns, write_results
 from tests.tiny_model import make_model
 
 NUM_CLIENTS = 8
@@ -69,7 +69,7 @@ def main() -> int:
         Path(folder).chmod(0o755)  # PostgreSQL may run as somebody else
         model = make_model(Path(folder) / "model")
         results = [_run(Path(folder), model, given.seconds, given.kills, seed) for seed in given.seeds]
-    print_table(results, "seed")
+    print_columns(results, "seed")
     write_results("durability", {"seconds": given.seconds, "runs": results})
     return 1 if any(result["violations"] or result["ready after s"] is None for result in results) else 0
 
