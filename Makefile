@@ -8,7 +8,7 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock" pyproject.toml
 LOCK_CPU := $(LOCK) requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test check bench-gateway clean lock
+.PHONY: help up demo test check bench-gateway bench-durability bench-scale clean lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -35,6 +35,14 @@ check: ## formatting, lint, types and the quick tests
 bench-gateway: ## Ratchet beside bare vLLM, LiteLLM and TensorZero, in 20 minutes; PART=mock or vllm, ROUNDS=5
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.gateway $(PART) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+bench-durability: ## kill -9 every part again and again while users vote, and see that no acknowledged vote is lost
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.durability
+
+bench-scale: ## a million stored replies: what calls take, how statements are planned, what exports cost
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.scale
 
 clean: ## remove what was installed and cached; the state folder stays
 	rm -rf .venv .venv-gpu .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
