@@ -4,19 +4,25 @@ import hashlib
 import io
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import Result
 from conftest import Rows, Serve
 from sqlalchemy import text
+from typer.testing import CliRunner
 
+from service import cli, exports
 from service import database as db
 from service.formats import UserRecord
 from service.intake import Users
-from service.settings import Settings
+from service.settings import Settings, get_settings
 from tests.service.fake_engine import FakeEngine
 from tests.service.test_formats import ASKED, BLUE, GREEN
 from tests.service.transfer import KINDS, ODD, download, empty, give_feedback, upload
@@ -413,3 +419,74 @@ def test_nothing_that_a_file_says_is_logged(serve: Serve, caplog: pytest.LogCapt
     download(client, "pairs")
     assert ODD not in caplog.text
     assert secret not in caplog.text
+
+
+# --- the command line
+
+
+@pytest.fixture
+def ratchet(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command, asking a service of its own."""
+    client = serve(FakeEngine(), max_import_bytes=50_000_000)
+    monkeypatch.setenv("RATCHET_PORT", str(client.base_url.port))
+
+    def run(*words: str | Path) -> Result:
+        get_settings.cache_clear()
+        return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+    return run
+
+
+def test_the_command_line_imports_and_exports(ratchet: Callable[..., Result], tmp_path: Path) -> None:
+    file, out, columns = tmp_path / "mine.jsonl", tmp_path / "out.jsonl", tmp_path / "out.parquet"
+    file.write_bytes(jsonl(PAIR, PAIR | {"rejected": BLUE}))
+    assert ratchet("import", "pairs", file).output.splitlines() == [
+        "Import 1: 2 rows, 1 of them new.",
+        "Left out: 1, as the two replies are the same.",
+    ]
+    assert json.loads(ratchet("export", "pairs").output) == PAIR
+    assert ratchet("export", "pairs", "--rankings", "--out", out).exit_code == 0
+    assert json.loads(out.read_bytes()) == PAIR
+    assert ratchet("export", "battles", "--format", "parquet", "--out", columns).exit_code == 0
+    assert pq.read_table(columns).num_rows == 1
+    assert ratchet("import", "battles", columns, "--name", "mine again").exit_code == 0
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl", "out.parquet"]
+
+
+def test_the_command_line_says_what_is_wrong_in_one_line(
+    ratchet: Callable[..., Result], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(jsonl(PAIR) + b"{}\n")
+    refused = ratchet("import", "pairs", file)
+    assert (refused.exit_code, refused.output) == (
+        1,
+        "ratchet: line 2: chosen: Field required (nothing was stored)\n",
+    )
+    assert ratchet("export", "poems").exit_code == 1
+    file.write_bytes(b"\n" * 50_000_001)
+    large = ratchet("import", "pairs", file)
+    assert (large.exit_code, "RATCHET_MAX_IMPORT_BYTES" in large.output) == (1, True)
+
+
+def test_an_export_that_breaks_off_is_not_taken_for_a_file(
+    ratchet: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, out = tmp_path / "mine.jsonl", tmp_path / "out.jsonl"
+    file.write_bytes(jsonl(*[PAIR] * 1000))
+    assert ratchet("import", "pairs", file).exit_code == 0
+    monkeypatch.setattr(exports, "line", breaks_after(500))
+    broken = ratchet("export", "pairs", "--out", out)
+    assert (broken.exit_code, broken.output.startswith("ratchet: the service broke off")) == (1, True)
+    assert not out.exists()
+
+
+def breaks_after(num: int) -> Callable[[Any], bytes]:
+    seen = count()
+
+    def line(row: Any) -> bytes:
+        if next(seen) >= num:
+            raise RuntimeError("full")
+        return json.dumps(row).encode() + b"\n"
+
+    return line
