@@ -9,7 +9,8 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import StreamingResponse
-from sqlalchemy import ARRAY, Select, Text, any_, func, literal, select
+from msgspec import Raw
+from sqlalchemy import ARRAY, Select, Text, any_, cast, func, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import aliased
 
@@ -118,6 +119,7 @@ async def _chunks(
     encoder = await asyncio.to_thread(_encoder, kind, format)
     async with sessions() as session:
         await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+        await session.execute(text("SET LOCAL TIME ZONE 'UTC'"))
         for records, rows_of in _parts(session, kind, rankings):
             async for batch in records:
                 rows = [row for record in batch for row in rows_of(record)]
@@ -166,7 +168,7 @@ PROMPT: Shape = {
 REPLY: Shape = {
     "id": Reply.id,
     "policy": func.coalesce(Reply.policy, Reply.imported_policy),
-    "sampling": Reply.sampling,
+    "sampling": cast(Reply.sampling, Text),
     "content": Reply.content,
     "finish_reason": Reply.finish_reason,
     "prompt_tokens": Reply.prompt_tokens,
@@ -269,6 +271,8 @@ async def _demonstrations(session: AsyncSession) -> Records:
     async for records in _records(session, query, DEMONSTRATION):
         for record in records:
             _leave_out_absent(record, "corrects")
+            if record["corrects"] is not None:
+                record["corrects"] = _with_sampling_as_it_is(record["corrects"])
             _leave_out_absent(record["prompt"], "conversation")
         yield records
 
@@ -296,5 +300,10 @@ async def _replies(session: AsyncSession, comparisons: list[str]) -> dict[str, l
     )
     replies: dict[str, list[Row]] = {comparison_id: [] for comparison_id in comparisons}
     for comparison_id, *values in await session.execute(query):
-        replies[comparison_id].append(_filled(REPLY, iter(values)))
+        replies[comparison_id].append(_with_sampling_as_it_is(_filled(REPLY, iter(values))))
     return replies
+
+
+def _with_sampling_as_it_is(reply: Row) -> Row:
+    """As the database writes it: numbers that Python would round or write another way come back the same."""
+    return reply | {"sampling": Raw(reply["sampling"].encode())}

@@ -4,18 +4,21 @@ Ids that are texts are random and so the same thing everywhere. Numbers are each
 another row is replaced by the next. Used by `imports.py`.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, any_, delete, func, literal, select, text
+import msgspec
+from msgspec import Raw
+from sqlalchemy import ColumnElement, TextClause, any_, delete, func, literal, select, text
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, aggregate_order_by
+from sqlalchemy.dialects.postgresql import ARRAY, aggregate_order_by
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from service.formats import (
+    JSON,
     AnyRecord,
     ComparisonRecord,
     DemonstrationRecord,
@@ -287,7 +290,7 @@ class Intake:
             "id": reply.id,
             "prompt_id": prompt,
             "imported_policy": reply.policy,
-            "sampling": reply.sampling,
+            "sampling": Raw(JSON.encode(reply.sampling).encode()),
             "content": reply.content,
             "finish_reason": reply.finish_reason,
             "prompt_tokens": reply.prompt_tokens,
@@ -374,27 +377,21 @@ class Intake:
         """All rows with one statement. `or_nothing`: those that are there already are passed over."""
         if not rows:
             return
-        columns = {name: [_as_sql(row[name]) for row in rows] for name in rows[0]}
-        await self._session.execute(text(_insert_statement(table, list(columns), or_nothing)), columns)
+        statement = _insert_statement(table, tuple(rows[0]), or_nothing)
+        await self._session.execute(statement, {"rows": msgspec.json.encode(rows).decode()})
 
 
-def _insert_statement(table: type[Table], names: Sequence[str], or_nothing: bool) -> str:
-    """Takes each column as an array."""
-    types = {name: table.__table__.c[name].type for name in names}
-    arrays = ", ".join(
-        f"CAST(:{name} AS {'text' if isinstance(kind, JSONB) else kind.compile(DIALECT)}[])"
-        for name, kind in types.items()
-    )
-    values = ", ".join(f"{name}::jsonb" if isinstance(types[name], JSONB) else name for name in names)
+@cache
+def _insert_statement(table: type[Table], names: tuple[str, ...], or_nothing: bool) -> TextClause:
+    """Takes rows as one JSON text: many times cheaper to make than so many parameters, or arrays of them."""
+    kinds = (table.__table__.c[name].type.compile(DIALECT) for name in names)
+    columns = ", ".join(f"{name} {kind}" for name, kind in zip(names, kinds, strict=True))
     listed = ", ".join(names)
-    return (
-        f"INSERT INTO {table.__tablename__} ({listed}) SELECT {values} FROM unnest({arrays}) AS t ({listed})"
+    return text(
+        f"INSERT INTO {table.__tablename__} ({listed}) "
+        f"SELECT {listed} FROM json_to_recordset(CAST(:rows AS json)) AS t ({columns})"
         + (" ON CONFLICT DO NOTHING" if or_nothing else "")
     )
-
-
-def _as_sql(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 def _among(column: Any, values: Sequence[Any]) -> ColumnElement[bool]:

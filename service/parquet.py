@@ -4,7 +4,6 @@ pyarrow takes 0.2 s to import, so this module is imported where it is first need
 """
 
 import io
-import json
 from collections.abc import Iterator
 from typing import IO
 
@@ -161,7 +160,7 @@ def _with_sampling_as_text(row: Row) -> Row:
 
 
 def _sampling_as_text(reply: Row) -> Row:
-    return reply | {"sampling": json.dumps(reply["sampling"], ensure_ascii=False)}
+    return reply | {"sampling": bytes(reply["sampling"]).decode()}
 
 
 def read(file: IO[bytes], kind: Kind) -> Iterator[list[Row]]:

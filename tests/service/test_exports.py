@@ -90,6 +90,18 @@ def test_a_long_export_has_every_row_once_in_order_and_is_of_one_instant(serve: 
     assert parquet.read().column("id").to_pylist() == list(range(1, 1001))
 
 
+def test_an_export_is_the_same_whatever_the_database_thinks_of_time_and_language(
+    serve: Serve, rows: Rows
+) -> None:
+    engine = FakeEngine()
+    client = serve(engine)
+    give_feedback(client, engine)
+    before = download(client, "votes")
+    [(name,)] = rows("SELECT current_database()")
+    rows(f"ALTER DATABASE {name} SET timezone = 'Asia/Kolkata'")
+    assert download(serve(FakeEngine()), "votes") == before
+
+
 def test_an_export_that_nobody_reads_on_lets_go_of_its_connection(serve: Serve, rows: Rows) -> None:
     client = serve(FakeEngine())
     many(rows, 20_000)
