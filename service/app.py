@@ -18,6 +18,8 @@ from service import (
     chat,
     conversations,
     demonstrations,
+    exports,
+    imports,
     keys,
     metrics,
     operator,
@@ -49,6 +51,8 @@ ROUTERS = (
     conversations.router,
     users.router,
     operator.router,
+    exports.router,
+    imports.router,
     keys.router,
     pages.router,
 )
