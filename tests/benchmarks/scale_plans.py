@@ -81,7 +81,7 @@ class Walk:
                 self._chat(comparison="auto", user=user, stream=stream)
             path = f"/v1/comparisons/{self._chat(comparison='always', user=user)['comparison']['id']}/vote"
             for choice in ("first", "second", "second"):
-                headers = {"idempotency-key": f"{user} {choice}"}
+                headers = {"idempotency-key": f"{path} {choice}"}
                 self._call("PUT", path, json={"choice": choice, "user": user}, headers=headers)
             for method, end in (("GET", ""), ("GET", "/history"), ("DELETE", "")):
                 self._call(method, path + end, params={"user": user})
@@ -89,7 +89,7 @@ class Walk:
     def rank(self) -> None:
         body = {"messages": QUESTION, "count": 4, "user": HEAVY}
         path = f"/v1/comparisons/{self._call('POST', '/v1/comparisons', json=body)['id']}/ranking"
-        headers = {"idempotency-key": "rank"}
+        headers = {"idempotency-key": path}
         self._call("PUT", path, json={"ranks": [1, 2, 3, 4], "user": HEAVY}, headers=headers)
         for method, end in (("GET", ""), ("GET", "/history"), ("DELETE", "")):
             self._call(method, path + end, params={"user": HEAVY})
