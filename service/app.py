@@ -40,6 +40,7 @@ from service.limits import Limits
 from service.reconciler import Reconciler
 from service.schemas import ErrorAnswer
 from service.settings import Settings
+from service.vote_count import VoteCount
 
 log = logging.getLogger("ratchet")
 
@@ -115,6 +116,7 @@ async def _start(stack: AsyncExitStack, settings: Settings, connect: Connect) ->
         fleet=fleet,
         keys=KeyRing(),
         limits=Limits(settings),
+        votes=VoteCount(),
     )
     reconciler = Reconciler(context.fleet, context.sessions, database_url(settings))
     task = asyncio.create_task(reconciler.run(), name="reconciler")

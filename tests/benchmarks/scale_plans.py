@@ -25,6 +25,8 @@ ELSEWHERE = ("/operator/export", "/operator/import")
 """Calls that read or write everything, by design."""
 HEAVY = "user-1"
 """The user who said most."""
+ACCEPTED = ("SELECT count(*) AS count_1 FROM votes",)
+"""Reads a large table by design: see `service/vote_count.py`."""
 QUESTION = [{"role": "user", "content": "And a lime?"}]
 Plan = dict[str, Any]
 
@@ -199,6 +201,8 @@ def read_statements(plans: Path, conninfo: str) -> list[Statement]:
         row = json.loads(line)
         text = " ".join(row["statement"].split())
         found.setdefault(text, Statement(text)).add(_without_ids(row["call"]), row["plan"], large)
+    for text in ACCEPTED:
+        found.get(text, Statement(text)).faults.clear()
     return sorted(found.values(), key=lambda statement: -statement.slowest_ms)
 
 
