@@ -4,15 +4,18 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service import (
     chat,
@@ -124,14 +127,27 @@ async def _stop(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def handle_error(_: Request, error: Exception) -> JSONResponse:
+async def handle_error(request: Request, error: Exception) -> JSONResponse:
     """Every error, in OpenAI's shape."""
     shaped, status, headers = _shaped(error)
     metrics.ERRORS.labels(status).inc()
+    if status == HTTPStatus.METHOD_NOT_ALLOWED and (methods := _methods(request)):
+        headers["allow"] = ", ".join(sorted(methods))
     return JSONResponse(shaped.body(), status, headers)
 
 
 def _shaped(error: Exception) -> tuple[RatchetError, int, dict[str, str]]:
+def _methods(request: Request) -> set[str]:
+    """What the path can be asked with. Starlette looks no further than the first route that has it."""
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
+    return {
+        method
+        for route in routes
+        if route.matches(request.scope)[0] is Match.PARTIAL
+        for method in route.methods
+    }
+
+
     """The error that the caller sees, its status and headers. Unexpected ones say nothing of their cause."""
     if isinstance(error, RatchetError):
         return error, error.status, error.headers()

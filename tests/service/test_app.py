@@ -75,3 +75,15 @@ def test_an_unexpected_fault_says_nothing_of_its_cause(serve: Serve, rows: Rows)
         500,
         "Something went wrong. Try again.",
     )
+
+
+@pytest.mark.database
+def test_a_wrong_method_is_told_all_the_right_ones(serve: Serve) -> None:
+    client = serve(FakeEngine())
+    for path, methods in [
+        ("/v1/conversations", {"GET", "POST"}),
+        ("/v1/comparisons/cmp-1/vote", {"GET", "PUT", "DELETE"}),
+        ("/v1/chat/completions", {"POST"}),
+    ]:
+        answer = client.request("TRACE", path)
+        assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, methods)
