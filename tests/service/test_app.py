@@ -54,19 +54,6 @@ def test_the_page_takes_nothing_from_other_hosts(serve: Serve) -> None:
 
 
 @pytest.mark.database
-def test_every_field_of_the_api_is_described(serve: Serve) -> None:
-    schemas = serve(FakeEngine()).get("/openapi.json").json()["components"]["schemas"]
-    ours = {name: schema for name, schema in schemas.items() if "Validation" not in name}
-    bare = [
-        f"{name}.{field}"
-        for name, schema in ours.items()
-        for field, value in schema.get("properties", {}).items()
-        if "description" not in value
-    ]
-    assert bare == []
-
-
-@pytest.mark.database
 def test_an_unexpected_fault_says_nothing_of_its_cause(serve: Serve, rows: Rows) -> None:
     client = serve(FakeEngine())
     rows("ALTER TABLE deployment RENAME TO gone")
