@@ -131,5 +131,5 @@ def test_the_docs_are_shown_and_tried_in_a_browser_without_another_host(serve: S
     page.locator("#operations-service-healthz").get_by_role("button").first.click()
     page.get_by_role("button", name="Try it out").click()
     page.get_by_role("button", name="Execute").click()
-    expect(page.locator(".live-responses-table .response-col_status")).to_contain_text("200")
+    expect(page.locator(".live-responses-table tbody .response-col_status")).to_contain_text("200")
     assert hosts == {f"{client.base_url.host}:{client.base_url.port}"}
