@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from service.operator_schemas import Role
-from service.schemas import ChatMessage, Flag, Name, Number, Text, Whole
+from service.schemas import NUMBER, AtLeastOne, ChatMessage, Flag, Name, Text
 
 MOST_REPLIES = 9
 Choice = Literal["first", "second", "tie", "neither"]
@@ -70,10 +70,12 @@ class ComparisonRequest(BaseModel):
     messages: list[ChatMessage] = Field(
         min_length=1, description="The conversation; the user's message is last."
     )
-    count: Whole = Field(4, ge=2, le=MOST_REPLIES, description="How many replies to sample.")
-    max_tokens: Whole | None = Field(None, ge=1, description="Longest reply, in tokens.")
-    temperature: Number | None = Field(
-        None, gt=0, le=2, allow_inf_nan=False, description="Sampling temperature."
+    count: Annotated[int, Field(ge=2, le=MOST_REPLIES), NUMBER] = Field(
+        4, description="How many replies to sample."
+    )
+    max_tokens: AtLeastOne | None = Field(None, description="Longest reply, in tokens.")
+    temperature: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False), NUMBER] | None = Field(
+        None, description="Sampling temperature."
     )
     user: Name | None = Field(None, description="Who labels; the ranking must name the same user.")
 
@@ -101,7 +103,7 @@ class RankingRequest(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"ranks": [2, 1, 2, 4]}]})
 
-    ranks: list[Annotated[Whole, Field(ge=1, le=MOST_REPLIES)]] = Field(
+    ranks: list[Annotated[int, Field(ge=1, le=MOST_REPLIES), NUMBER]] = Field(
         min_length=2,
         max_length=MOST_REPLIES,
         description="Element i is the rank of the reply at position i. 1 is best; equal ranks are ties.",

@@ -71,8 +71,13 @@ def _only_one(n: int) -> int:
 
 
 Text = Annotated[str, AfterValidator(_storable), _Storable()]
-Whole = Annotated[int, BeforeValidator(_number)]
-Number = Annotated[float, BeforeValidator(_number)]
+NUMBER = BeforeValidator(_number)
+# Bounds stand inside it: around a validator they would not get into the document.
+AtLeastOne = Annotated[int, Field(ge=1), NUMBER]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), NUMBER]
+UpToTwo = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), NUMBER]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), NUMBER]
+Seed = Annotated[int, Field(gt=-INT62, lt=INT62), NUMBER]
 Flag = Annotated[bool, Strict()]
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
 Stop = Annotated[Text, Field(min_length=1)]
@@ -151,31 +156,23 @@ class ChatRequest(BaseModel):
     comparison: Mode = Field(
         "never", description="`always`: two replies to vote on. `auto`: sometimes two. `never`: one."
     )
-    max_tokens: Whole | None = Field(None, ge=1, description="Longest reply, in tokens.")
-    max_completion_tokens: Whole | None = Field(
-        None, ge=1, description="OpenAI's newer name of `max_tokens`."
-    )
-    temperature: Number | None = Field(
-        None, ge=0, le=2, allow_inf_nan=False, description="0 takes the likeliest token."
-    )
-    top_p: Number | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="Nucleus sampling.")
+    max_tokens: AtLeastOne | None = Field(None, description="Longest reply, in tokens.")
+    max_completion_tokens: AtLeastOne | None = Field(None, description="OpenAI's newer name of `max_tokens`.")
+    temperature: UpToTwo | None = Field(None, description="0 takes the likeliest token.")
+    top_p: Share | None = Field(None, description="Nucleus sampling.")
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
         None, description="A text that ends the reply, or up to four of them."
     )
-    seed: Whole | None = Field(None, gt=-INT62, lt=INT62, description="Makes sampling repeatable.")
-    presence_penalty: Number | None = Field(
-        None, ge=-2, le=2, allow_inf_nan=False, description="Against tokens that already occurred."
-    )
-    frequency_penalty: Number | None = Field(
-        None, ge=-2, le=2, allow_inf_nan=False, description="Against tokens by how often they occurred."
-    )
+    seed: Seed | None = Field(None, description="Makes sampling repeatable.")
+    presence_penalty: Penalty | None = Field(None, description="Against tokens that already occurred.")
+    frequency_penalty: Penalty | None = Field(None, description="Against tokens by how often they occurred.")
     stream: Flag | None = Field(
         None, description="Send the reply as server-sent events while it is generated."
     )
     stream_options: StreamOptions | None = Field(None, description="How to stream.")
     logprobs: Flag | None = Field(None, description="Report the log-probability of each token.")
-    top_logprobs: Whole | None = Field(
-        None, ge=0, le=20, description="Likeliest alternatives to report per token; needs `logprobs`."
+    top_logprobs: Annotated[int, Field(ge=0, le=20), NUMBER] | None = Field(
+        None, description="Likeliest alternatives to report per token; needs `logprobs`."
     )
     user: Name | None = Field(None, description="Who asks; a vote on the comparison must name the same user.")
     conversation: Name | None = Field(
@@ -183,7 +180,7 @@ class ChatRequest(BaseModel):
         description="A conversation from POST /v1/conversations that this turn goes on with: `messages` then holds only "
         "what is new, and the service puts the turns so far before it, each with the reply that was chosen.",
     )
-    n: Annotated[Whole, AfterValidator(_only_one), WithJsonSchema({"const": 1})] | None = Field(
+    n: Annotated[int, NUMBER, AfterValidator(_only_one), WithJsonSchema({"const": 1})] | None = Field(
         None, description="Only 1."
     )
 

@@ -60,6 +60,14 @@ def test_every_answer_names_its_body_and_every_error_has_one_shape(document: dic
         )
 
 
+def test_the_bounds_of_numbers_are_in_the_document(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    temperature, _ = schemas["ChatRequest"]["properties"]["temperature"]["anyOf"]
+    assert (temperature["minimum"], temperature["maximum"]) == (0, 2)
+    ranks = schemas["RankingRequest"]["properties"]["ranks"]
+    assert (ranks["items"]["minimum"], ranks["items"]["maximum"], ranks["maxItems"]) == (1, 9, 9)
+
+
 def test_what_clients_are_generated_from_has_plain_names_and_no_loose_ends(document: dict[str, Any]) -> None:
     ids = [operation["operationId"] for _, _, operation in operations(document)]
     assert len(ids) == len(set(ids))
