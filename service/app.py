@@ -4,20 +4,24 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service import (
     chat,
     conversations,
     demonstrations,
+    docs,
     exports,
     imports,
     keys,
@@ -28,8 +32,10 @@ from service import (
     users,
     votes,
 )
+from service.auth import may_be_anonymous
 from service.context import Context
 from service.database import async_engine, async_sessions, database_url
+from service.docs import ERROR_CONTENT, DescribedApp
 from service.edge import Edge
 from service.engine import Engine, VllmEngine
 from service.errors import BadRequest, Conflict, DatabaseUnavailable, RatchetError
@@ -38,7 +44,6 @@ from service.journal import Journal
 from service.keyring import KeyRing
 from service.limits import Limits
 from service.reconciler import Reconciler
-from service.schemas import ErrorAnswer
 from service.settings import Settings
 from service.vote_count import VoteCount
 
@@ -58,8 +63,11 @@ ROUTERS = (
     pages.router,
 )
 ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorAnswer, "description": "What to change."},
-    "5XX": {"model": ErrorAnswer, "description": "Try again, after `Retry-After` seconds where it is given."},
+    "4XX": {"description": "What to change.", "content": ERROR_CONTENT},
+    "5XX": {
+        "description": "Try again, after `Retry-After` seconds where it is given.",
+        "content": ERROR_CONTENT,
+    },
 }
 Connect = Callable[[Settings, aiohttp.ClientSession], list[Engine]]
 
@@ -73,13 +81,11 @@ def create_app(settings: Settings, connect: Connect | None = None) -> FastAPI:
             app.state.context = await _start(stack, settings, connect or connect_vllm)
             yield
 
-    app = FastAPI(
-        title="Ratchet",
-        description="A chat service that learns from its users: chat, vote, learn, swap.",
-        lifespan=lifespan,
-    )
+    app = DescribedApp(lifespan=lifespan, key_optional=may_be_anonymous(settings))
     for router in ROUTERS:
         app.include_router(router, responses=ERROR_ANSWERS)
+    app.include_router(docs.router)
+    docs.mount_docs(app)
     pages.mount_files(app)
     app.add_middleware(Edge, answer=handle_error)
     for kind in (
@@ -130,11 +136,24 @@ async def _stop(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def handle_error(_: Request, error: Exception) -> JSONResponse:
+async def handle_error(request: Request, error: Exception) -> JSONResponse:
     """Every error, in OpenAI's shape."""
     shaped, status, headers = _shaped(error)
+    if status == HTTPStatus.METHOD_NOT_ALLOWED and (methods := _methods(request)):
+        headers["allow"] = ", ".join(sorted(methods))
     metrics.ERRORS.labels(status).inc()
     return JSONResponse(shaped.body(), status, headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """What the path can be asked with. Starlette looks no further than the first route that has it."""
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
+    return {
+        method
+        for route in routes
+        if route.matches(request.scope)[0] is Match.PARTIAL
+        for method in route.methods
+    }
 
 
 def _shaped(error: Exception) -> tuple[RatchetError, int, dict[str, str]]:

@@ -3,8 +3,10 @@
 import re
 from contextlib import AsyncExitStack
 from random import SystemRandom
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from sqlalchemy import func, select
 
 from service.answers import Answer
@@ -17,25 +19,32 @@ from service.generation import Asked, generating
 from service.journal import UserName
 from service.keyring import Identity
 from service.pairing import Pairing, Rates, draw, pair
-from service.schemas import ALIAS, ChatRequest, Chunk, Completion, read_messages
+from service.schemas import ALIAS, CHUNK_EVENT, ChatRequest, Completion, read_messages
 from service.streaming import EventStream, until_gone
 from service.tables import Comparison, User
 
 router = APIRouter(tags=["chat"])
 CHANCE = SystemRandom()
-MOST_STOPS = 4
 MOST_IGNORED = 16
 SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def _text_header(description: str) -> dict[str, Any]:
+    return {"description": description, "schema": {"type": "string"}}
 
 
 @router.post(
     "/v1/chat/completions",
     response_model=Completion,
-    response_class=Response,
+    response_class=JSONResponse,
     responses={
         200: {
             "description": "The answer; with `stream`, chunks of it as server-sent events, then `data: [DONE]`.",
-            "content": {"text/event-stream": {"schema": Chunk.model_json_schema()}},
+            "content": {"text/event-stream": {"schema": CHUNK_EVENT}},
+            "headers": {
+                "x-ratchet-policy": _text_header("The policy that answers; not in a comparison."),
+                "x-ratchet-ignored": _text_header("Fields of the request that are not taken."),
+            },
         }
     },
 )
@@ -81,9 +90,9 @@ async def _checked(body: ChatRequest, identity: Identity, context: Context) -> A
 def _check_fields(body: ChatRequest, context: Context) -> None:
     """What no single field can tell."""
     if body.stream_options is not None and not body.stream:
-        raise BadRequest("stream_options: only with `stream`.", param="stream_options")
+        raise BadRequest("stream_options: only with `stream`.", param="stream_options", code="needs_stream")
     if body.top_logprobs is not None and not body.logprobs:
-        raise BadRequest("top_logprobs: only with `logprobs`.", param="top_logprobs")
+        raise BadRequest("top_logprobs: only with `logprobs`.", param="top_logprobs", code="needs_logprobs")
     if body.model_extra and context.settings.unknown_fields == "refuse":
         name = next(iter(body.model_extra))[:64]
         raise BadRequest(f"There is no field {name!r}. Leave it out.", param=name, code="unknown_field")
@@ -106,8 +115,6 @@ def _policy(model: str, context: Context) -> str:
 def read_sampling(body: ChatRequest, context: Context) -> Sampling:
     """How to draw a reply. Raises BadRequest."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stop) > MOST_STOPS:
-        raise BadRequest(f"stop: at most {MOST_STOPS} texts.", param="stop")
     max_tokens = body.max_completion_tokens or body.max_tokens or context.settings.default_max_tokens
     default = context.settings.comparison_temperature
     return Sampling(

@@ -27,7 +27,9 @@ async def add_demonstration(
 ) -> DemonstrationView:
     """Store a reply that a person wrote to `messages`, or in place of the reply that `corrects` names."""
     if (body.messages is None) == (body.corrects is None):
-        raise BadRequest("Give either `messages` or `corrects`.", param="messages")
+        raise BadRequest(
+            "Give either `messages` or `corrects`.", param="messages", code="messages_or_corrects"
+        )
     user = identity.user(body.user)
     async with context.sessions.begin() as session:
         user_id = await make_user(session, user)

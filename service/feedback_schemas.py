@@ -5,9 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from service.schemas import ChatMessage, Name, Text
+from service.operator_schemas import Role
+from service.schemas import NUMBER, AtLeastOne, ChatMessage, Flag, Name, Text
 
 MOST_REPLIES = 9
+Choice = Literal["first", "second", "tie", "neither"]
 Comment = Annotated[Text, Field(max_length=4000)]
 Tags = Annotated[list[Annotated[Text, Field(min_length=1, max_length=64)]], Field(max_length=16)]
 VOTING_USER = "The `user` of the chat request; needed where it named one."
@@ -18,9 +20,7 @@ class VoteRequest(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"choice": "first", "comment": "Warmer."}]})
 
-    choice: Literal["first", "second", "tie", "neither"] = Field(
-        description="The better reply, by position shown."
-    )
+    choice: Choice = Field(description="The better reply, by position shown.")
     comment: Comment | None = Field(None, description="Why, in the user's words.")
     tags: Tags = Field(default_factory=list, description="Why, in a client's own labels.")
     user: Name | None = Field(None, description=VOTING_USER)
@@ -30,7 +30,7 @@ class VoteAnswer(BaseModel):
     """A stored vote, and what was hidden until now: which policies it was between."""
 
     comparison_id: str = Field(description="The comparison.")
-    choice: str = Field(description="`first`, `second`, `tie` or `neither`.")
+    choice: Choice = Field(description="The better reply, by position shown.")
     comment: str | None = Field(description="Why, in the user's words.")
     tags: list[str] = Field(description="Why, in a client's own labels.")
     policies: list[str | None] = Field(description="The policies, in the order shown.")
@@ -44,8 +44,8 @@ class EventView(BaseModel):
 
     model_config = ConfigDict(from_attributes=True)
 
-    kind: str = Field(description="`vote` or `ranking`.")
-    action: str = Field(description="`given`, `revised` or `undone`.")
+    kind: Literal["vote", "ranking"] = Field(description="`vote` or `ranking`.")
+    action: Literal["given", "revised", "undone"] = Field(description="`given`, `revised` or `undone`.")
     content: dict[str, Any] = Field(
         description="The vote or ranking from then on; where undone, as it was until then."
     )
@@ -70,10 +70,12 @@ class ComparisonRequest(BaseModel):
     messages: list[ChatMessage] = Field(
         min_length=1, description="The conversation; the user's message is last."
     )
-    count: int = Field(4, ge=2, le=MOST_REPLIES, description="How many replies to sample.")
-    max_tokens: int | None = Field(None, ge=1, description="Longest reply, in tokens.")
-    temperature: float | None = Field(
-        None, gt=0, le=2, allow_inf_nan=False, description="Sampling temperature."
+    count: Annotated[int, Field(ge=2, le=MOST_REPLIES), NUMBER] = Field(
+        4, description="How many replies to sample."
+    )
+    max_tokens: AtLeastOne | None = Field(None, description="Longest reply, in tokens.")
+    temperature: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False), NUMBER] | None = Field(
+        None, description="Sampling temperature."
     )
     user: Name | None = Field(None, description="Who labels; the ranking must name the same user.")
 
@@ -101,7 +103,7 @@ class RankingRequest(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"ranks": [2, 1, 2, 4]}]})
 
-    ranks: list[Annotated[int, Field(ge=1, le=MOST_REPLIES)]] = Field(
+    ranks: list[Annotated[int, Field(ge=1, le=MOST_REPLIES), NUMBER]] = Field(
         min_length=2,
         max_length=MOST_REPLIES,
         description="Element i is the rank of the reply at position i. 1 is best; equal ranks are ties.",
@@ -186,6 +188,8 @@ class DemonstrationList(BaseModel):
 class ConversationRequest(BaseModel):
     """Whose conversation it is to be."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"user": "ada"}]})
+
     user: Name | None = Field(None, description="The `user` that its chat requests will name.")
 
 
@@ -219,7 +223,7 @@ class TurnView(BaseModel):
 
     message: str = Field(description="What the user said.")
     comparison_id: str | None = Field(description="Where two replies were shown: their comparison.")
-    choice: str | None = Field(description="The vote on it, if any.")
+    choice: Choice | None = Field(description="The vote on it, if any.")
     replies: list[ReplyView] = Field(description="In the order shown.")
     created_at: datetime = Field(description="When the user said it.")
 
@@ -235,7 +239,9 @@ class ConversationDetail(BaseModel):
 class UserSettings(BaseModel):
     """What a user decides."""
 
-    compares: bool = Field(
+    model_config = ConfigDict(json_schema_extra={"examples": [{"compares": False}]})
+
+    compares: Flag = Field(
         description="False: show no comparisons that the client did not ask for by `always`."
     )
 
@@ -245,7 +251,7 @@ class UserView(BaseModel):
 
     account: str = Field(description="Whose key it is; empty without one.")
     user: str = Field(description="The user within the account.")
-    role: str = Field(description="`user`, `labeler` or `operator`.")
+    role: Role = Field(description="What the caller may do.")
     compares: bool = Field(description="Whether `comparison: auto` may show two replies.")
 
 

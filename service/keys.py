@@ -21,7 +21,7 @@ async def make_key(body: KeyRequest, context: ContextDep) -> NewKey:
     try:
         key, row = keyring.new_key(body.account, body.role, body.expires_at)
     except ValueError as error:
-        raise BadRequest(f"{error}.", param="expires_at") from None
+        raise BadRequest(f"{error}.", param="expires_at", code="expired") from None
     async with context.sessions.begin() as session:
         session.add(row)
         await session.flush()

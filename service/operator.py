@@ -1,6 +1,8 @@
 """`/operator/...`: policies, the pointer and cycles, for whoever runs Ratchet."""
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Path
 from sqlalchemy import select, text
 
 from service import metrics, policies
@@ -49,10 +51,12 @@ async def list_cycles(context: ContextDep) -> list[CycleView]:
 
 
 @router.get("/cycles/{cycle_id}")
-async def read_cycle(cycle_id: int, context: ContextDep) -> CycleView:
+async def read_cycle(
+    cycle_id: Annotated[int, Path(ge=1, lt=1 << 63, description="The cycle's number.")], context: ContextDep
+) -> CycleView:
     """One cycle, as far as it is."""
     async with context.sessions() as session:
-        cycle = await session.get(Cycle, cycle_id) if 0 < cycle_id < 1 << 63 else None
+        cycle = await session.get(Cycle, cycle_id)
         if cycle is None:
             raise NotFound(f"There is no cycle {cycle_id}.", param="cycle_id")
         return CycleView.model_validate(cycle)

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
+Role = Literal["user", "labeler", "operator"]
+
 
 class PolicyView(BaseModel):
     """A policy, for the operator."""
@@ -14,7 +16,9 @@ class PolicyView(BaseModel):
     name: str = Field(description="Its name.")
     parent: str | None = Field(description="The policy that it was trained from.")
     cycle_id: int | None = Field(description="The cycle that made it; null for the base.")
-    state: str = Field(description="`published`, `verified`, `rejected` or `refused`.")
+    state: Literal["published", "verified", "rejected", "refused"] = Field(
+        description="`verified` can answer; `rejected` by the gate; `refused` when it was to be loaded."
+    )
     reason: str | None = Field(description="Why it was rejected or refused.")
     manifest: dict[str, Any] = Field(description="What the trainer recorded of it.")
     created_at: datetime = Field(description="When it was published.")
@@ -50,10 +54,12 @@ class CycleView(BaseModel):
 class KeyRequest(BaseModel):
     """A key to be made."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"account": "acme", "role": "labeler"}]})
+
     account: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] = Field(
         description="Whose key it is. Several keys may share an account, and with it its users and conversations."
     )
-    role: Literal["user", "labeler", "operator"] = Field(
+    role: Role = Field(
         "user",
         description="`user` chats and votes; `labeler` also ranks and writes replies; `operator` also runs the service.",
     )
@@ -67,7 +73,7 @@ class KeyView(BaseModel):
 
     id: int = Field(description="Its number.")
     account: str = Field(description="Whose key it is.")
-    role: str = Field(description="`user`, `labeler` or `operator`.")
+    role: Role = Field(description="What it may do.")
     hint: str = Field(description="How it begins.")
     created_at: datetime = Field(description="When it was made.")
     expires_at: datetime | None = Field(description="When it stops working.")

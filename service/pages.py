@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import func, select
@@ -13,7 +13,7 @@ from service import policies
 from service.auth import KNOWN_CALLER, OPERATOR_ONLY
 from service.context import ContextDep
 from service.errors import EngineUnavailable, NotFound
-from service.schemas import ALIAS, Id, Model, ModelList, Status
+from service.schemas import ALIAS, Health, Id, Model, ModelList, Readiness, Status
 from service.tables import Cycle, Policy
 
 WEB = Path(__file__).parent / "web"
@@ -43,13 +43,13 @@ def mount_files(app: FastAPI) -> None:
 
 
 @router.get("/healthz")
-async def healthz() -> dict[str, str]:
+async def healthz() -> Health:
     """The process answers."""
-    return {"status": "ok"}
+    return Health()
 
 
 @router.get("/readyz")
-async def readyz(context: ContextDep) -> dict[str, str]:
+async def readyz(context: ContextDep) -> Readiness:
     """The database answers, and the live policy, verified on a replica, has just generated a token."""
     async with context.sessions() as session:
         live = (await policies.read_deployment(session)).live
@@ -59,10 +59,10 @@ async def readyz(context: ContextDep) -> dict[str, str]:
             await replica.engine.complete_one(live)
     except TimeoutError:
         raise EngineUnavailable(f"The engine gave no token within {READY_SECONDS:g} s.") from None
-    return {"status": "ready", "live": live}
+    return Readiness(live=live)
 
 
-@router.get("/metrics", dependencies=[OPERATOR_ONLY])
+@router.get("/metrics", response_class=PlainTextResponse, dependencies=[OPERATOR_ONLY])
 async def metrics_text() -> Response:
     """Metrics for Prometheus. For the operator: they count by policy, which would tell a voter who answered."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

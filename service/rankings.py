@@ -1,6 +1,7 @@
 """Several replies to one prompt, and a labeler's ordering of them: `POST /v1/comparisons`, `/v1/comparisons/{id}/ranking`."""
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from sqlalchemy import select
 
 from service import feedback
@@ -31,7 +32,7 @@ PATH = "/v1/comparisons/{comparison_id}/ranking"
 COLUMNS = ("ranks", "comment", "tags")
 
 
-@router.post("/v1/comparisons", status_code=201, response_model=ComparisonView, response_class=Response)
+@router.post("/v1/comparisons", status_code=201, response_model=ComparisonView, response_class=JSONResponse)
 async def make_comparison(
     body: ComparisonRequest, request: Request, identity: LabelerDep, context: ContextDep
 ) -> Response:
@@ -94,6 +95,7 @@ async def give_ranking(
             raise BadRequest(
                 f"ranks: this comparison has {len(replies)} replies, so it needs {len(replies)} ranks.",
                 param="ranks",
+                code="wrong_number_of_ranks",
             )
         feedback.check_worth_it(replies)
         content = {"ranks": dense(body.ranks), "comment": body.comment, "tags": body.tags}

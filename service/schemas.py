@@ -4,7 +4,18 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import Path
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    Strict,
+    WithJsonSchema,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from service.engine import Message
 from service.errors import BadRequest
@@ -14,8 +25,16 @@ ALIAS = "ratchet"
 INT62 = 1 << 62
 
 
+class _Storable:
+    """PostgreSQL holds neither NUL nor half a character. The schema can name the former; JSON knows no half ones."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return handler(schema) | {"pattern": "^[^\\u0000]*$"}
+
+
 def _storable(text: str) -> str:
-    """PostgreSQL holds neither NUL nor half a character."""
     if "\0" in text:
         raise ValueError("must not hold NUL characters (\\u0000); remove them")
     try:
@@ -38,14 +57,30 @@ def _joined_text(content: object) -> object:
     return "".join(str(text) for text in texts)
 
 
+def _number(value: object) -> object:
+    """Pydantic takes texts and booleans for numbers; OpenAI does not."""
+    if isinstance(value, bool | str):
+        raise ValueError("must be a number")
+    return value
+
+
 def _only_one(n: int) -> int:
     if n != 1:
         raise ValueError("must be 1; for two answers to vote on, set `comparison` to `always`")
     return n
 
 
-Text = Annotated[str, AfterValidator(_storable)]
+Text = Annotated[str, AfterValidator(_storable), _Storable()]
+NUMBER = BeforeValidator(_number)
+# Bounds stand inside it: around a validator they would not get into the document.
+AtLeastOne = Annotated[int, Field(ge=1), NUMBER]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), NUMBER]
+UpToTwo = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), NUMBER]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), NUMBER]
+Seed = Annotated[int, Field(gt=-INT62, lt=INT62), NUMBER]
+Flag = Annotated[bool, Strict()]
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
+Stop = Annotated[Text, Field(min_length=1)]
 Id = Annotated[Text, Path(max_length=200, description="Its id.")]
 
 
@@ -53,14 +88,14 @@ class TextPart(BaseModel):
     """One part of a message's content."""
 
     type: Literal["text"] = Field(description="Only text is taken.")
-    text: str = Field(description="The text.")
+    text: Text = Field(description="The text.")
 
 
 class ChatMessage(BaseModel):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
-    content: Annotated[Text, BeforeValidator(_joined_text, json_schema_input_type=str | list[TextPart])] = (
+    content: Annotated[Text, BeforeValidator(_joined_text, json_schema_input_type=Text | list[TextPart])] = (
         Field(description="What is said: text, or text parts, which are joined.")
     )
 
@@ -78,7 +113,7 @@ def read_messages(messages: Sequence[ChatMessage]) -> list[Message]:
 class StreamOptions(BaseModel):
     """How to stream."""
 
-    include_usage: bool = Field(False, description="Send a last chunk with `usage` and no choices.")
+    include_usage: Flag = Field(False, description="Send a last chunk with `usage` and no choices.")
 
 
 class ErrorBody(BaseModel):
@@ -121,29 +156,23 @@ class ChatRequest(BaseModel):
     comparison: Mode = Field(
         "never", description="`always`: two replies to vote on. `auto`: sometimes two. `never`: one."
     )
-    max_tokens: int | None = Field(None, ge=1, description="Longest reply, in tokens.")
-    max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of `max_tokens`.")
-    temperature: float | None = Field(
-        None, ge=0, le=2, allow_inf_nan=False, description="0 takes the likeliest token."
+    max_tokens: AtLeastOne | None = Field(None, description="Longest reply, in tokens.")
+    max_completion_tokens: AtLeastOne | None = Field(None, description="OpenAI's newer name of `max_tokens`.")
+    temperature: UpToTwo | None = Field(None, description="0 takes the likeliest token.")
+    top_p: Share | None = Field(None, description="Nucleus sampling.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+        None, description="A text that ends the reply, or up to four of them."
     )
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="Nucleus sampling.")
-    stop: Annotated[Text, Field(min_length=1)] | list[Annotated[Text, Field(min_length=1)]] | None = Field(
-        None, description="Up to four texts that end the reply."
-    )
-    seed: int | None = Field(None, gt=-INT62, lt=INT62, description="Makes sampling repeatable.")
-    presence_penalty: float | None = Field(
-        None, ge=-2, le=2, allow_inf_nan=False, description="Against tokens that already occurred."
-    )
-    frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, allow_inf_nan=False, description="Against tokens by how often they occurred."
-    )
-    stream: bool | None = Field(
+    seed: Seed | None = Field(None, description="Makes sampling repeatable.")
+    presence_penalty: Penalty | None = Field(None, description="Against tokens that already occurred.")
+    frequency_penalty: Penalty | None = Field(None, description="Against tokens by how often they occurred.")
+    stream: Flag | None = Field(
         None, description="Send the reply as server-sent events while it is generated."
     )
     stream_options: StreamOptions | None = Field(None, description="How to stream.")
-    logprobs: bool | None = Field(None, description="Report the log-probability of each token.")
-    top_logprobs: int | None = Field(
-        None, ge=0, le=20, description="Likeliest alternatives to report per token; needs `logprobs`."
+    logprobs: Flag | None = Field(None, description="Report the log-probability of each token.")
+    top_logprobs: Annotated[int, Field(ge=0, le=20), NUMBER] | None = Field(
+        None, description="Likeliest alternatives to report per token; needs `logprobs`."
     )
     user: Name | None = Field(None, description="Who asks; a vote on the comparison must name the same user.")
     conversation: Name | None = Field(
@@ -151,7 +180,9 @@ class ChatRequest(BaseModel):
         description="A conversation from POST /v1/conversations that this turn goes on with: `messages` then holds only "
         "what is new, and the service puts the turns so far before it, each with the reply that was chosen.",
     )
-    n: Annotated[int, AfterValidator(_only_one)] | None = Field(None, description="Only 1.")
+    n: Annotated[int, NUMBER, AfterValidator(_only_one), WithJsonSchema({"const": 1})] | None = Field(
+        None, description="Only 1."
+    )
 
 
 class ComparisonTag(BaseModel):
@@ -226,7 +257,7 @@ class Chunk(BaseModel):
     """OpenAI's `chat.completion.chunk`."""
 
     id: str = Field(description="As in `chat.completion`.")
-    object: str = Field(description="OpenAI's type.")
+    object: Literal["chat.completion.chunk"] = Field(description="OpenAI's type.")
     created: int = Field(description="Unix time in seconds.")
     model: str = Field(description="As in `chat.completion`.")
     choices: list[ChunkChoice] = Field(description="Empty in the chunk that carries `usage`.")
@@ -234,6 +265,46 @@ class Chunk(BaseModel):
     comparison: ComparisonTag | None = Field(
         None, description="In the first chunk of a comparison, and in the one that ends its last reply."
     )
+
+
+CHUNK_EVENT: dict[str, Any] = {
+    "type": "object",
+    "description": "A server-sent event.",
+    "required": ["data"],
+    "properties": {
+        "data": {
+            "description": "A chunk; the last one is `[DONE]`, or the error that ended the answer.",
+            "anyOf": [
+                {"const": "[DONE]"},
+                {
+                    "type": "string",
+                    "contentMediaType": "application/json",
+                    "contentSchema": {
+                        "anyOf": [
+                            {"$ref": "#/components/schemas/Chunk"},
+                            {"$ref": "#/components/schemas/ErrorAnswer"},
+                        ]
+                    },
+                },
+            ],
+        }
+    },
+}
+
+
+class Health(BaseModel):
+    """That the process answers."""
+
+    status: Literal["ok"] = Field("ok", description="Always `ok`.")
+
+
+class Readiness(BaseModel):
+    """That all that a chat needs answers."""
+
+    status: Literal["ready"] = Field(
+        "ready", description="Always `ready`; where it is not, the answer is an error."
+    )
+    live: str = Field(description="The policy that answers.")
 
 
 class Model(BaseModel):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import httpx
 import psycopg
 import pytest
 import uvicorn
+from playwright.sync_api import Page, sync_playwright
 from sqlalchemy.orm import Session
 
 from service import database as db
@@ -118,6 +120,21 @@ def publish(rows: Rows, name: str, path: str | Path, parent: str = BASE) -> None
     )
     rows("UPDATE deployment SET challenger = %s", name)
     rows("NOTIFY deployment")
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """A page that fails the test on any script error or refused resource."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 780})
+        faults: list[str] = []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        yield page
+        browser.close()
+    assert faults == []
 
 
 @pytest.fixture(scope="session")

@@ -1,32 +1,15 @@
 """The page, in a real browser."""
 
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Rows, Serve
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = [pytest.mark.browser, pytest.mark.database]
-
-
-@pytest.fixture
-def page() -> Iterator[Page]:
-    """A page that fails the test on any script error or refused resource."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 780})
-        faults: list[str] = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        yield page
-        browser.close()
-    assert faults == []
 
 
 def shoot(page: Page, name: str) -> None:
