@@ -40,7 +40,8 @@ from service.tables import (
 
 router = APIRouter(prefix="/operator/export", tags=["operator"], dependencies=[OPERATOR_ONLY])
 
-BATCH_ROWS = 200
+BATCH_ROWS = 100
+"""Made on the event loop: 3 ms of its time, which chats wait for."""
 MEDIA_TYPES: dict[FileFormat, str] = {
     "jsonl": "application/jsonl",
     "parquet": "application/vnd.apache.parquet",
