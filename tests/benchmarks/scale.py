@@ -68,15 +68,15 @@ def _measure(small: Settings, large: Settings, rounds: int) -> int:
     figures: dict[str, Any] = {"tables": _sizes(large)}
     services = [(settings, draw_subjects(settings)) for settings in (small, large)]
     before = scans(url)
-    with _service(small), _service(large):
+    with serving(small), serving(large):
         figures["latency"] = asyncio.run(measure_latency(services, rounds))
     plans = large.state / "plans.jsonl"
-    with _service(large, str(plans)):
+    with serving(large, str(plans)):
         left_out = call_everything(large)
     figures["rows read end to end"] = scans(url, before)
     statements = read_statements(plans, url)
     figures["statements"] = [asdict(statement) for statement in statements]
-    with _service(large) as service:
+    with serving(large) as service:
         figures["exports"] = asyncio.run(measure_exports(large, service.pid))
     faults = [*_faults(figures), *left_out]
     faults += [f"{fault}: {statement.text[:200]}" for statement in statements for fault in statement.faults]
@@ -166,7 +166,7 @@ def _database(server: Settings, name: str, num_replies: int, num_votes: int) -> 
 
 
 @contextmanager
-def _service(settings: Settings, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
+def serving(settings: Settings, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
     """The service with an engine that answers at once; `arguments` are those of `scale_service.py`."""
     assert settings.database_url is not None
     environment = {
