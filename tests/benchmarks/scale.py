@@ -31,8 +31,8 @@ from service.settings import Settings
 from tests.benchmarks.durability_parts import libpq_url, wait_until_answering
 from tests.benchmarks.results import print_rows, write_results
 from tests.benchmarks.scale_exports import MOST_GROWTH_MIB, measure_exports
-from tests.benchmarks.scale_load import draw_subjects, measure_latency
-from tests.benchmarks.scale_plans import call_everything, read_statements, scans
+from tests.benchmarks.scale_load import draw_subjects, measure_latency, measure_removal
+from tests.benchmarks.scale_plans import HEAVY, call_everything, read_statements, scans
 from tests.benchmarks.scale_rows import fill
 from tests.engine import free_port
 
@@ -68,16 +68,17 @@ def _measure(small: Settings, large: Settings, rounds: int) -> int:
     figures: dict[str, Any] = {"tables": _sizes(large)}
     services = [(settings, draw_subjects(settings)) for settings in (small, large)]
     before = scans(url)
-    with _service(small), _service(large):
+    with serving(small), serving(large):
         figures["latency"] = asyncio.run(measure_latency(services, rounds))
     plans = large.state / "plans.jsonl"
-    with _service(large, str(plans)):
+    with serving(large, str(plans)):
         left_out = call_everything(large)
     figures["rows read end to end"] = scans(url, before)
     statements = read_statements(plans, url)
     figures["statements"] = [asdict(statement) for statement in statements]
-    with _service(large) as service:
+    with serving(large) as service:
         figures["exports"] = asyncio.run(measure_exports(large, service.pid))
+        figures["removal"] = asyncio.run(measure_removal(large, HEAVY))
     faults = [*_faults(figures), *left_out]
     faults += [f"{fault}: {statement.text[:200]}" for statement in statements for fault in statement.faults]
     return _report(figures, faults)
@@ -85,11 +86,13 @@ def _measure(small: Settings, large: Settings, rounds: int) -> int:
 
 def _faults(figures: dict[str, Any]) -> list[str]:
     """The bounds that are missed."""
+    removal = figures["removal"]
     slow = [row for row in figures["latency"] if "vote" in row["call"] and row["p99 ratio"] > RATIO]
     grown = [row for row in figures["exports"] if row["peak MiB"] - row["MiB before"] > MOST_GROWTH_MIB]
     return [
         *(f"{row['call']}: p99 is {row['p99 ratio']} times that of an empty database" for row in slow),
         *(f"{row['export']}: memory grew to {row['peak MiB']} MiB" for row in grown),
+        *([] if removal["votes"] else [f"removing the user who said most: {removal['answer']}"]),
         *(
             f"{rows:,} rows of {table} were read end to end"
             for table, rows in figures["rows read end to end"].items()
@@ -106,6 +109,10 @@ def _report(figures: dict[str, Any], faults: list[str]) -> int:
         print_rows(figures["exports"])
     else:
         print("This service has no exports.")
+    removal = figures["removal"]
+    print(
+        f"removing {HEAVY}, {removal['prompts']} prompts and {removal['votes']} votes: {removal['seconds']} s"
+    )
     print(*faults or ["Nothing is amiss."], sep="\n")
     write_results("scale", {**figures, "faults": faults})
     return 1 if faults else 0
@@ -166,7 +173,7 @@ def _database(server: Settings, name: str, num_replies: int, num_votes: int) -> 
 
 
 @contextmanager
-def _service(settings: Settings, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
+def serving(settings: Settings, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
     """The service with an engine that answers at once; `arguments` are those of `scale_service.py`."""
     assert settings.database_url is not None
     environment = {

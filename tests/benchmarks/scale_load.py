@@ -159,6 +159,22 @@ async def measure_latency(services: list[tuple[Settings, Subjects]], rounds: int
     return [_compared(call, *(side.seconds[call] for side in sides)) for call in CALLS]
 
 
+async def measure_removal(settings: Settings, user: str) -> dict[str, Any]:
+    """Remove a user with everything; how much that was, and the seconds that it took."""
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{settings.port}", timeout=timeout) as http:
+        began = time.monotonic()
+        async with http.delete("/operator/users", params={"user": user}) as response:
+            answer = await response.json()
+    seconds = round(time.monotonic() - began, 1)
+    return {
+        "prompts": answer.get("prompts"),
+        "votes": answer.get("votes"),
+        "seconds": seconds,
+        "answer": answer,
+    }
+
+
 async def _side(stack: AsyncExitStack, settings: Settings, subjects: Subjects) -> Side:
     http = await stack.enter_async_context(aiohttp.ClientSession(f"http://127.0.0.1:{settings.port}"))
     journal = Journal(database_url(settings))
