@@ -69,6 +69,15 @@ ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
         "content": ERROR_CONTENT,
     },
 }
+PLAINER = {
+    400: (
+        "invalid_json",
+        "The body cannot be read: it must be JSON in UTF-8, not nested too deeply, with no endless numbers.",
+    ),
+    404: ("path_not_found", "There is nothing at this path. /docs lists what there is."),
+    405: ("wrong_method", "This path does not take this method. The header Allow names those that it takes."),
+}
+"""What Starlette's and FastAPI's own errors mean, by status: code and message."""
 Connect = Callable[[Settings, aiohttp.ClientSession], list[Engine]]
 
 
@@ -165,8 +174,9 @@ def _shaped(error: Exception) -> tuple[RatchetError, int, dict[str, str]]:
     if isinstance(error, HTTPException) and isinstance(error.__cause__, RatchetError):
         return _shaped(error.__cause__)  # FastAPI wraps what is raised while it reads the body
     if isinstance(error, HTTPException):
-        headers = dict(error.headers or {})
-        return BadRequest(str(error.detail), code=f"http_{error.status_code}"), error.status_code, headers
+        status = error.status_code
+        code, message = PLAINER.get(status, (f"http_{status}", str(error.detail)))
+        return BadRequest(message, code=code), status, dict(error.headers or {})
     if isinstance(error, OperationalError | InterfaceError):
         log.error("the database does not answer (DATABASE_URL)")
         return _shaped(DatabaseUnavailable("The database does not answer. Try again.", code="database"))

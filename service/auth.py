@@ -53,8 +53,11 @@ def is_from_this_machine(request: Request) -> bool:
     host = request.headers.get("host", "")
     origin = request.headers.get("origin")
     local = request.client is not None and is_loopback(request.client.host)
-    ours = origin is None or urlsplit(origin).netloc == host
-    return local and ours and is_loopback(urlsplit(f"//{host}").hostname or "")
+    try:
+        ours = origin is None or urlsplit(origin).netloc == host
+        return local and ours and is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:  # one of them is no address at all
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -5,9 +5,8 @@ one that was shown first.
 """
 
 import secrets
-from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -25,7 +24,7 @@ from service.feedback_schemas import (
     TurnView,
 )
 from service.journal import UserName
-from service.schemas import Id
+from service.schemas import Before, Id, Limit
 from service.tables import Comparison, ComparisonReply, Conversation, Prompt, Reply, User, Vote
 from service.users import UserQuery, make_user
 
@@ -53,11 +52,8 @@ async def list_conversations(
     identity: IdentityDep,
     context: ContextDep,
     user: UserQuery = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="At most so many.")] = 20,
-    before: Annotated[
-        str | None,
-        Query(max_length=200, description="Only those older than this one: the last of the page before."),
-    ] = None,
+    limit: Limit = 20,
+    before: Before = None,
 ) -> ConversationList:
     """Your conversations that have a turn, the newest first."""
     who = identity.user(user)

@@ -1,9 +1,8 @@
 """`/v1/demonstrations`: replies that people write, or correct from ours. For labelers."""
 
 import secrets
-from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Response
 from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -13,7 +12,7 @@ from service.errors import BadRequest, NotFound
 from service.feedback_schemas import DemonstrationList, DemonstrationRequest, DemonstrationView
 from service.idempotency import IdempotencyKey, once
 from service.journal import UserName
-from service.schemas import Id, read_messages
+from service.schemas import Before, Id, Limit, read_messages
 from service.tables import Demonstration, Prompt, Reply, User
 from service.users import UserQuery, make_user
 
@@ -61,11 +60,8 @@ async def list_demonstrations(
     identity: LabelerDep,
     context: ContextDep,
     user: UserQuery = None,
-    limit: Annotated[int, Query(ge=1, le=100, description="At most so many.")] = 20,
-    before: Annotated[
-        str | None,
-        Query(max_length=200, description="Only those older than this one: the last of the page before."),
-    ] = None,
+    limit: Limit = 20,
+    before: Before = None,
 ) -> DemonstrationList:
     """Your demonstrations, the newest first."""
     who = identity.user(user)

@@ -85,7 +85,10 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         num_bytes += len(message.get("body", b""))
         if num_bytes > MOST_BODY_BYTES:
-            raise TooLarge(f"The body is larger than {MOST_BODY_BYTES} bytes. Shorten the conversation.")
+            raise TooLarge(
+                f"The body is larger than {MOST_BODY_BYTES} bytes. Shorten the conversation.",
+                code="body_too_large",
+            )
         return message
 
     return counted

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from service.operator_schemas import Role
-from service.schemas import NUMBER, AtLeastOne, ChatMessage, Flag, Name, Text
+from service.schemas import NUMBER, AtLeastOne, Flag, Messages, Name, Text
 
 MOST_REPLIES = 9
 Choice = Literal["first", "second", "tie", "neither"]
@@ -67,9 +67,7 @@ class ComparisonRequest(BaseModel):
         }
     )
 
-    messages: list[ChatMessage] = Field(
-        min_length=1, description="The conversation; the user's message is last."
-    )
+    messages: Messages = Field(description="The conversation; the user's message is last.")
     count: Annotated[int, Field(ge=2, le=MOST_REPLIES), NUMBER] = Field(
         4, description="How many replies to sample."
     )
@@ -142,9 +140,8 @@ class DemonstrationRequest(BaseModel):
         }
     )
 
-    messages: list[ChatMessage] | None = Field(
+    messages: Messages | None = Field(
         None,
-        min_length=1,
         description="What it answers; the user's message is last. Left out where it corrects.",
     )
     corrects: Name | None = Field(

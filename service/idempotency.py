@@ -15,11 +15,12 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.errors import Conflict
+from service.schemas import Text
 from service.tables import IdempotentCall
 
 KEPT_HOURS = 24
 IdempotencyKey = Annotated[
-    str | None,
+    Text | None,
     Header(
         alias="idempotency-key",
         min_length=1,

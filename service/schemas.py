@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import Path
+from fastapi import Path, Query
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,7 +22,9 @@ from service.errors import BadRequest
 from service.pairing import Mode
 
 ALIAS = "ratchet"
-INT62 = 1 << 62
+MOST_SEED = (1 << 53) - 1
+"""Past it, programs that read JSON numbers as doubles (JavaScript, jq) would change it unseen."""
+MOST_MESSAGES = 2048
 
 
 class _Storable:
@@ -77,10 +79,15 @@ AtLeastOne = Annotated[int, Field(ge=1), NUMBER]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), NUMBER]
 UpToTwo = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), NUMBER]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), NUMBER]
-Seed = Annotated[int, Field(gt=-INT62, lt=INT62), NUMBER]
+Seed = Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED), NUMBER]
 Flag = Annotated[bool, Strict()]
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
 Stop = Annotated[Text, Field(min_length=1)]
+Limit = Annotated[int, Query(ge=1, le=100, description="At most so many.")]
+Before = Annotated[
+    Text | None,
+    Query(max_length=200, description="Only those older than this one: the last of the page before."),
+]
 Id = Annotated[Text, Path(max_length=200, description="Its id.")]
 
 
@@ -98,6 +105,9 @@ class ChatMessage(BaseModel):
     content: Annotated[Text, BeforeValidator(_joined_text, json_schema_input_type=Text | list[TextPart])] = (
         Field(description="What is said: text, or text parts, which are joined.")
     )
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> list[Message]:
@@ -150,9 +160,7 @@ class ChatRequest(BaseModel):
     model: Text = Field(
         ALIAS, description="`ratchet`, the policy that is live; or a policy's name from /v1/models."
     )
-    messages: list[ChatMessage] = Field(
-        min_length=1, description="The conversation; the user's message is last."
-    )
+    messages: Messages = Field(description="The conversation; the user's message is last.")
     comparison: Mode = Field(
         "never", description="`always`: two replies to vote on. `auto`: sometimes two. `never`: one."
     )

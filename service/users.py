@@ -13,7 +13,7 @@ from service.auth import OPERATOR_ONLY, IdentityDep
 from service.context import Context, ContextDep
 from service.feedback_schemas import Removed, UserSettings, UserView
 from service.journal import UserName
-from service.schemas import Name
+from service.schemas import Name, Text
 from service.tables import User
 
 router = APIRouter(tags=["users"])
@@ -73,7 +73,7 @@ async def remove_me(identity: IdentityDep, context: ContextDep, user: UserQuery 
 async def remove_user(
     context: ContextDep,
     user: Annotated[Name, Query(description="The user's name.")],
-    account: Annotated[str, Query(description="The user's account; empty without keys.")] = "",
+    account: Annotated[Text, Query(description="The user's account; empty without keys.")] = "",
 ) -> Removed:
     """Remove a user's content and votes, for them."""
     return await _remove(context, UserName(account, user))

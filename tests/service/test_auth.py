@@ -29,6 +29,8 @@ def test_this_machine_is_known(host: str) -> None:
         ("127.0.0.1", "evil.example:8000", None),  # a name that was pointed at loopback
         ("127.0.0.1", "localhost:8000", "http://evil.example"),
         ("127.0.0.1", "localhost:8000", "null"),
+        ("127.0.0.1", "[", None),
+        ("127.0.0.1", "localhost:8000", "http://["),
     ],
 )
 def test_others_and_foreign_pages_are_not(client: str, host: str, origin: str | None) -> None:
