@@ -5,8 +5,8 @@ BUILD := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 VENV := $(if $(filter gpu,$(BUILD)),.venv-gpu,.venv)
 PYTHON := .venv/bin/python
 LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
-	--custom-compile-command "make lock" pyproject.toml
-LOCK_CPU := $(LOCK) requirements/needs.in --overrides requirements/overrides.txt --extra cpu
+	--custom-compile-command "make lock"
+LOCK_CPU := $(LOCK) pyproject.toml requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
 .PHONY: help up demo test check bench-gateway bench-durability bench-scale clean lock
 
@@ -45,10 +45,12 @@ bench-scale: ## a million stored replies: what calls take, how statements are pl
 	@exec $(PYTHON) -m tests.benchmarks.scale
 
 clean: ## remove what was installed and cached; the state folder stays
-	rm -rf .venv .venv-gpu .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-gpu .venv-peers tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-lock: ## renew the pinned versions in requirements/ (needs uv)
+lock: ## renew the pinned versions in requirements/ and of tests/clients/node (needs uv and npm)
 	$(LOCK_CPU) --output-file requirements/cpu.txt
 	$(LOCK_CPU) --extra test --output-file requirements/test.txt --constraints requirements/cpu.txt
-	$(LOCK) --extra gpu --output-file requirements/gpu.txt
+	$(LOCK) pyproject.toml --extra gpu --output-file requirements/gpu.txt
+	$(LOCK) requirements/peers.in --output-file requirements/peers.txt
+	cd tests/clients/node && npm update --package-lock-only
