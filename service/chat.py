@@ -114,7 +114,6 @@ def _policy(model: str, context: Context) -> str:
 
 def read_sampling(body: ChatRequest, context: Context) -> Sampling:
     """How to draw a reply. Raises BadRequest."""
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     max_tokens = body.max_completion_tokens or body.max_tokens or context.settings.default_max_tokens
     default = context.settings.comparison_temperature
     return Sampling(
@@ -122,7 +121,7 @@ def read_sampling(body: ChatRequest, context: Context) -> Sampling:
         max_tokens=min(max_tokens, context.fleet.context_tokens() or max_tokens),
         temperature=default if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
-        stop=tuple(stop),
+        stop=tuple(body.stop or ()),
         seed=body.seed,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,

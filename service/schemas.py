@@ -59,6 +59,10 @@ def _joined_text(content: object) -> object:
     return "".join(str(text) for text in texts)
 
 
+def _listed(stop: object) -> object:
+    return [stop] if isinstance(stop, str) else stop
+
+
 def _number(value: object) -> object:
     """Pydantic takes texts and booleans for numbers; OpenAI does not."""
     if isinstance(value, bool | str):
@@ -83,6 +87,7 @@ Seed = Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED), NUMBER]
 Flag = Annotated[bool, Strict()]
 Name = Annotated[Text, Field(min_length=1, max_length=200)]
 Stop = Annotated[Text, Field(min_length=1)]
+Stops = Annotated[list[Stop], Field(max_length=4)]
 Limit = Annotated[int, Query(ge=1, le=100, description="At most so many.")]
 Before = Annotated[
     Text | None,
@@ -168,7 +173,7 @@ class ChatRequest(BaseModel):
     max_completion_tokens: AtLeastOne | None = Field(None, description="OpenAI's newer name of `max_tokens`.")
     temperature: UpToTwo | None = Field(None, description="0 takes the likeliest token.")
     top_p: Share | None = Field(None, description="Nucleus sampling.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+    stop: Annotated[Stops, BeforeValidator(_listed, json_schema_input_type=Stop | Stops)] | None = Field(
         None, description="A text that ends the reply, or up to four of them."
     )
     seed: Seed | None = Field(None, description="Makes sampling repeatable.")

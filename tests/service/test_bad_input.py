@@ -51,6 +51,7 @@ def refused(
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["type"] in ("invalid_request_error", "authentication_error")
     assert 10 < len(error["message"]) < 500
+    assert not set("()[]") & set(error["param"] or ""), error  # a path in the body, not one in our code
     if param is not None:
         assert (error["param"] or "").split(".")[0] == param, error
     if code is not None:
