@@ -85,7 +85,8 @@ def test_the_bodies_below_name_every_call_and_every_text_field() -> None:
         (method.upper(), path.replace("{comparison_id}", "cmp-1")): operation["requestBody"]
         for path, item in document["paths"].items()
         for method, operation in item.items()
-        if "requestBody" in operation
+        if "application/json"
+        in operation.get("requestBody", {"content": {}})["content"]  # an import is a file
     }
     assert calls.keys() == FULL.keys()
     for call, body in calls.items():
