@@ -5,13 +5,13 @@ BUILD := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 VENV := $(if $(filter gpu,$(BUILD)),.venv-gpu,.venv)
 PYTHON := .venv/bin/python
 LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
-	--custom-compile-command "make lock" pyproject.toml
-LOCK_CPU := $(LOCK) requirements/needs.in --overrides requirements/overrides.txt --extra cpu
+	--custom-compile-command "make lock"
+LOCK_CPU := $(LOCK) pyproject.toml requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test fuzz check clean lock
+.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale clean lock
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 up: ## set everything up and run it on http://127.0.0.1:8000, until Ctrl-C
 	@sh deploy/setup.sh $(BUILD)
@@ -36,11 +36,25 @@ check: ## formatting, lint, types and the quick tests
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -q -m "not database and not engine and not browser"
 
+bench-gateway: ## Ratchet beside bare vLLM, LiteLLM and TensorZero, in 20 minutes; PART=mock or vllm, ROUNDS=5
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.gateway $(PART) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+bench-durability: ## kill -9 every part again and again while users vote, and see that no acknowledged vote is lost
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.durability
+
+bench-scale: ## a million stored replies: what calls take, how statements are planned, what exports cost
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.scale
+
 clean: ## remove what was installed and cached; the state folder stays
-	rm -rf .venv .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-gpu .venv-peers tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-lock: ## renew the pinned versions in requirements/ (needs uv)
+lock: ## renew the pinned versions in requirements/ and of tests/clients/node (needs uv and npm)
 	$(LOCK_CPU) --output-file requirements/cpu.txt
 	$(LOCK_CPU) --extra test --output-file requirements/test.txt --constraints requirements/cpu.txt
-	$(LOCK) --extra gpu --output-file requirements/gpu.txt
+	$(LOCK) pyproject.toml --extra gpu --output-file requirements/gpu.txt
+	$(LOCK) requirements/peers.in --output-file requirements/peers.txt
+	cd tests/clients/node && npm update --package-lock-only

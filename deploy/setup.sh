@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes or refreshes the virtual environment, from the clone's root: `deploy/setup.sh cpu|gpu|test`.
+# Makes or refreshes a virtual environment, from the clone's root: `deploy/setup.sh cpu|gpu|test|peers`.
+# `test` ends with `peers`: the clients and gateways that tests try, in an environment of their own.
 #
 # What is installed is exactly what the lock file in requirements/ names, by hash. torch on the CPU is a step of its
 # own: its CPU builds lie on an index of their own, and where that cannot be reached any index or folder that
@@ -8,12 +9,17 @@ set -eu
 
 kind=$1
 venv=.venv
-[ "$kind" = gpu ] && venv=.venv-gpu
 lock=requirements/$kind.txt
-log=$venv/setup.log
+inputs="$lock deploy/setup.sh pyproject.toml"
+node=tests/clients/node
 torch=2.13.0
+case $kind in
+gpu) venv=.venv-gpu ;;
+peers) venv=.venv-peers inputs="$lock deploy/setup.sh $node/package-lock.json" ;;
+esac
+log=$venv/setup.log
 
-key=$(cat "$lock" pyproject.toml deploy/setup.sh | { cat; pwd; } | sha256sum | cut -c1-16)
+key=$(cat $inputs | { cat; pwd; } | sha256sum | cut -c1-16)
 stamp=$venv/.installed-$kind-$key
 
 fail() {
@@ -50,14 +56,14 @@ step() {
         fail "$title: failed. All of it is in $log."
     fi
     [ -t 1 ] && printf '\r\033[K'
-    printf '  %-28s %4d s\n' "$title" $(($(date +%s) - began))
+    printf '  %-36s %4d s\n' "$title" $(($(date +%s) - began))
 }
 
 show_progress() {
     total=$(grep -c '==' "$lock")
     seen=$(sed -n "/^== $title/,\$p" "$log" | grep -c '^Collecting ' || true)
     filled=$((seen * 30 / total))
-    printf '\r  %-28s %4d s  [%-30s] %d/%d ' "$title" $(($(date +%s) - began)) \
+    printf '\r  %-36s %4d s  [%-30s] %d/%d ' "$title" $(($(date +%s) - began)) \
         "$(printf '%*s' "$filled" '' | tr ' ' '#')" "$seen" "$total"
 }
 
@@ -68,30 +74,56 @@ find_browser() {
     done
     echo "  no Chromium on this machine: fetching one"
     "$venv/bin/playwright" install chromium >>"$log" 2>&1 && return
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y chromium; } >>"$log" 2>&1 && return
-    fi
-    fail "The tests need Chromium, and it cannot be fetched here: install chromium, then make test. See $log."
+    install_package chromium ||
+        fail "The tests need Chromium, and it cannot be fetched here: install chromium, then make test. See $log."
 }
 
-if [ -e "$stamp" ]; then
-    exit 0
-fi
-python=$(find_python)
-if [ ! -x "$venv/bin/pip" ]; then
-    rm -rf "$venv"
-    "$python" -m venv "$venv" >/dev/null 2>&1 ||
-        fail "$python -m venv does not work here; on Debian and Ubuntu: apt-get install python3-venv"
-fi
-echo "Setting up $venv from $lock (several minutes the first time)"
-rm -f "$venv"/.installed-"$kind"-*
+find_curl() {
+    command -v curl >/dev/null || install_package curl ||
+        fail "The tests need curl, and it cannot be fetched here: install curl, then make test. See $log."
+}
+
+# install_package NAME: from the distribution, where we may.
+install_package() {
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null &&
+        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "$1"; } >>"$log" 2>&1
+}
+
+make_venv() {
+    python=$(find_python)
+    if [ ! -x "$venv/bin/pip" ]; then
+        rm -rf "$venv"
+        "$python" -m venv "$venv" >/dev/null 2>&1 ||
+            fail "$python -m venv does not work here; on Debian and Ubuntu: apt-get install python3-venv"
+    fi
+    echo "Setting up $venv from $lock (takes minutes the first time)"
+    rm -f "$venv"/.installed-"$kind"-*
+    : >"$log"
+}
+
+install_ratchet() {
+    if [ "$kind" != gpu ]; then
+        step "torch $torch, CPU build" $pip install --no-deps --retries 1 \
+            --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
+    fi
+    step "packages of $lock" $pip install --no-deps --progress-bar off -r "$lock"
+    step "ratchet" $pip install --no-deps --no-build-isolation --editable .
+}
+
+# Not compiled: most of it is never imported, and compiling takes a fifth of the time.
+install_peers() {
+    step "packages of $lock" $pip install --no-deps --no-compile --progress-bar off -r "$lock"
+    step "openai for Node" "$venv/bin/npm" --prefix "$node" ci
+}
+
 pip="$venv/bin/pip --disable-pip-version-check --no-input"
-: >"$log"
-if [ "$kind" != gpu ]; then
-    step "torch $torch, CPU build" $pip install --no-deps --retries 1 \
-        --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
+if [ ! -e "$stamp" ]; then
+    make_venv
+    case $kind in
+    peers) install_peers ;;
+    test) install_ratchet && find_browser && find_curl ;;
+    *) install_ratchet ;;
+    esac
+    touch "$stamp"
 fi
-step "packages of $lock" $pip install --no-deps --progress-bar off -r "$lock"
-step "ratchet" $pip install --no-deps --no-build-isolation --editable .
-[ "$kind" = test ] && find_browser
-touch "$stamp"
+[ "$kind" != test ] || exec sh deploy/setup.sh peers

@@ -22,6 +22,8 @@ from service import (
     conversations,
     demonstrations,
     docs,
+    exports,
+    imports,
     keys,
     metrics,
     operator,
@@ -43,6 +45,7 @@ from service.keyring import KeyRing
 from service.limits import Limits
 from service.reconciler import Reconciler
 from service.settings import Settings
+from service.vote_count import VoteCount
 
 log = logging.getLogger("ratchet")
 
@@ -54,6 +57,8 @@ ROUTERS = (
     conversations.router,
     users.router,
     operator.router,
+    exports.router,
+    imports.router,
     keys.router,
     pages.router,
 )
@@ -126,6 +131,7 @@ async def _start(stack: AsyncExitStack, settings: Settings, connect: Connect) ->
         fleet=fleet,
         keys=KeyRing(),
         limits=Limits(settings),
+        votes=VoteCount(),
     )
     reconciler = Reconciler(context.fleet, context.sessions, database_url(settings))
     task = asyncio.create_task(reconciler.run(), name="reconciler")

@@ -1,10 +1,16 @@
 """The command line: `ratchet up`, and an operator's commands, thin calls to a running service's HTTP API."""
 
 import json
+import shutil
 import sys
 import urllib.error
 import urllib.request
-from typing import Annotated, Any, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import IO, Annotated, Any, NoReturn
+from urllib.parse import quote, urlencode
 
 import typer
 from rich.console import Console
@@ -14,6 +20,10 @@ from service.errors import SettingsError
 from service.settings import Settings, get_settings
 from service.up import STATUS_SETTINGS, address
 from service.up import up as run_everything
+
+KINDS = "votes, pairs, battles, rankings or demonstrations."
+UNHURRIED_SECONDS = 3600.0
+"""Between two signs of life of an export or an import."""
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Ratchet: a chat service that learns from votes."
@@ -80,6 +90,43 @@ def revoke_key(number: Annotated[int, typer.Argument(help="The key's number.")])
     print(f"Key {_call('DELETE', f'/operator/keys/{number}')['id']} is revoked.")
 
 
+@app.command("export")
+def export(
+    kind: Annotated[str, typer.Argument(help=KINDS)],
+    file_format: Annotated[str, typer.Option("--format", help="jsonl or parquet.")] = "jsonl",
+    rankings: Annotated[bool, typer.Option("--rankings", help="pairs: those of rankings too.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to; standard output if left out.")] = None,
+) -> None:
+    """Write out everything of a kind."""
+    query = {"format": file_format} | ({"rankings": "true"} if rankings else {})
+    with _ask(
+        "GET", f"/operator/export/{quote(kind)}?{urlencode(query)}", seconds=UNHURRIED_SECONDS
+    ) as answer:
+        if out is None:
+            shutil.copyfileobj(answer, sys.stdout.buffer)
+            return
+        partial = out.with_name(out.name + ".partial")
+        with partial.open("wb") as file:
+            shutil.copyfileobj(answer, file)
+        partial.rename(out)
+
+
+@app.command("import")
+def import_file(
+    kind: Annotated[str, typer.Argument(help=KINDS)],
+    file: Annotated[Path, typer.Argument(help="JSON lines or Parquet.", exists=True, dir_okay=False)],
+    name: Annotated[str | None, typer.Option(help="What to call it; the file's name if left out.")] = None,
+) -> None:
+    """Bring a file in: all of it, or, where a row is wrong, nothing."""
+    path = f"/operator/import/{quote(kind)}?{urlencode({'name': name or file.name})}"
+    headers = {"content-type": "application/octet-stream", "content-length": str(file.stat().st_size)}
+    with file.open("rb") as content, _ask("POST", path, content, headers, UNHURRIED_SECONDS) as answer:
+        done = json.load(answer)
+    print(f"Import {done['id']}: {done['num_rows']} rows, {done['num_new']} of them new.")
+    for reason, num in done["left_out"].items():
+        print(f"Left out: {num}, as {reason}.")
+
+
 def main() -> None:
     """The command `ratchet`."""
     app()
@@ -94,20 +141,37 @@ def _settings() -> Settings:
 
 def _call(method: str, path: str, body: dict[str, str] | None = None) -> Any:
     """Ask the running service; ends the process with one line where it refuses or is not there."""
+    data = None if body is None else json.dumps(body).encode()
+    with _ask(method, path, data, {"content-type": "application/json"}) as answer:
+        return json.load(answer)
+
+
+@contextmanager
+def _ask(
+    method: str,
+    path: str,
+    data: bytes | IO[bytes] | None = None,
+    headers: dict[str, str] | None = None,
+    seconds: float = 30,
+) -> Iterator[HTTPResponse]:
+    """The answer, to be read in the body of the `with`. Ends the process as `_call` does, also where it breaks off."""
     settings = _settings()
     url = address(settings)
-    headers = {"content-type": "application/json"}
+    headers = dict(headers or {})
     if settings.key is not None:
         headers["authorization"] = f"Bearer {settings.key.get_secret_value()}"
-    data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url + path, data, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+        with urllib.request.urlopen(request, timeout=seconds) as response:
+            yield response
     except urllib.error.HTTPError as error:
         _fail(json.load(error)["error"]["message"], 1)
-    except OSError as error:
-        _fail(f"no service answers at {url} (RATCHET_HOST, RATCHET_PORT): {error}", 1)
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, BrokenPipeError | ConnectionResetError):
+            _fail("the service refused to read on: the file may be larger than RATCHET_MAX_IMPORT_BYTES", 1)
+        _fail(f"no service answers at {url} (RATCHET_HOST, RATCHET_PORT): {error.reason}", 1)
+    except (HTTPException, ConnectionResetError, TimeoutError) as error:
+        _fail(f"the service broke off: {error or type(error).__name__}", 1)
 
 
 def _show(rows: list[dict[str, Any]], columns: list[str]) -> None:

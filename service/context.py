@@ -11,6 +11,7 @@ from service.journal import Journal
 from service.keyring import KeyRing
 from service.limits import Limits
 from service.settings import Settings
+from service.vote_count import VoteCount
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Context:
     fleet: Fleet
     keys: KeyRing
     limits: Limits
+    votes: VoteCount
 
 
 async def _context(request: Request) -> Context:

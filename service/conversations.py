@@ -9,7 +9,6 @@ import secrets
 from fastapi import APIRouter, Response
 from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import aliased
 
 from service import removal
 from service.auth import IdentityDep
@@ -58,15 +57,17 @@ async def list_conversations(
 ) -> ConversationList:
     """Your conversations that have a turn, the newest first."""
     who = identity.user(user)
-    turn = aliased(Prompt)
-    of_this = turn.conversation_id == Conversation.id
-    first = select(func.min(turn.id)).where(of_this).correlate(Conversation).scalar_subquery()
-    turns = select(func.count(turn.id)).where(of_this).correlate(Conversation).scalar_subquery()
+    owner = select(User.id).where(User.account == who.account, User.name == who.name).scalar_subquery()
+    of_this = Prompt.conversation_id == Conversation.id
+    said_first = select(Prompt.messages[-1]["content"].astext).where(of_this).order_by(Prompt.id).limit(1)
+    turns = select(func.count(Prompt.id)).where(of_this)
     query = (
-        select(Conversation, Prompt.messages[-1]["content"].astext, turns)
-        .join(User, User.id == Conversation.user_id)
-        .join(Prompt, Prompt.id == first)
-        .where(User.account == who.account, User.name == who.name)
+        select(
+            Conversation,
+            said_first.correlate(Conversation).scalar_subquery(),
+            turns.correlate(Conversation).scalar_subquery(),
+        )
+        .where(Conversation.user_id == owner, select(Prompt.id).where(of_this).exists())
         .order_by(Conversation.created_at.desc(), Conversation.id.desc())
         .limit(limit + 1)
     )

@@ -65,20 +65,22 @@ async def list_demonstrations(
 ) -> DemonstrationList:
     """Your demonstrations, the newest first."""
     who = identity.user(user)
-    query = (
-        select(Demonstration, Prompt)
-        .join(Prompt, Prompt.id == Demonstration.prompt_id)
-        .join(User, User.id == Demonstration.user_id)
-        .where(User.account == who.account, User.name == who.name)
-        .order_by(Demonstration.created_at.desc(), Demonstration.id.desc())
+    owner = select(User.id).where(User.account == who.account, User.name == who.name).scalar_subquery()
+    newest_first = (Demonstration.created_at.desc(), Demonstration.id.desc())
+    # The page's ids come from an index alone: however many there are, only those on the page are read.
+    page = (
+        select(Demonstration.id)
+        .where(Demonstration.user_id == owner)
+        .order_by(*newest_first)
         .limit(limit + 1)
     )
     async with context.sessions() as session:
         if before is not None:
             last = await _owned(session, before, who)
-            query = query.where(
-                func.row(Demonstration.created_at, Demonstration.id) < func.row(last.created_at, last.id)
-            )
+            older = func.row(Demonstration.created_at, Demonstration.id) < func.row(last.created_at, last.id)
+            page = page.where(older)
+        query = select(Demonstration, Prompt).join(Prompt, Prompt.id == Demonstration.prompt_id)
+        query = query.where(Demonstration.id.in_(page)).order_by(*newest_first)
         rows = (await session.execute(query)).all()
     return DemonstrationList(
         data=[_view(row, prompt) for row, prompt in rows[:limit]], has_more=len(rows) > limit

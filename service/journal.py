@@ -116,12 +116,13 @@ prompt AS MATERIALIZED (
     INSERT INTO comparison_replies (comparison_id, position, reply_id)
     SELECT s.comparison_id, s.position, s.reply_id FROM batch, jsonb_to_recordset(rows->'shown')
     AS s (comparison_id text, position smallint, reply_id text)
+), ended AS MATERIALIZED (
+    SELECT e.* FROM batch, jsonb_to_recordset(rows->'ended')
+    AS e (id text, content text, finish_reason text, prompt_tokens int, completion_tokens int)
 )
 UPDATE replies SET content = e.content, finish_reason = e.finish_reason, prompt_tokens = e.prompt_tokens,
     completion_tokens = e.completion_tokens, ended_at = now()
-FROM batch, jsonb_to_recordset(rows->'ended')
-    AS e (id text, content text, finish_reason text, prompt_tokens int, completion_tokens int)
-WHERE replies.id = e.id
+FROM ended AS e WHERE replies.id = e.id AND replies.id = ANY (ARRAY(SELECT id FROM ended))
 """
 MAKE_USERS = """
 WITH asked AS (SELECT * FROM unnest(%(accounts)s::text[], %(names)s::text[]) AS t (account, name)),
@@ -235,6 +236,9 @@ class Journal:
             self._connection = await psycopg.AsyncConnection.connect(
                 self._conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS
             )
+            # STORE is planned once. On a new database that would be for tables which are empty, and by reading them whole,
+            # until PostgreSQL next looks at their size: a minute in which they may grow by tens of thousands of replies.
+            await self._connection.execute("SET enable_seqscan = off")
         return self._connection
 
     async def _disconnect(self) -> None:

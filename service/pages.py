@@ -14,7 +14,7 @@ from service.auth import KNOWN_CALLER, OPERATOR_ONLY
 from service.context import ContextDep
 from service.errors import EngineUnavailable, NotFound
 from service.schemas import ALIAS, Health, Id, Model, ModelList, Readiness, Status
-from service.tables import Cycle, Policy, Vote
+from service.tables import Cycle, Policy
 
 WEB = Path(__file__).parent / "web"
 READY_SECONDS = 10.0
@@ -96,10 +96,11 @@ async def read_model(name: Id, context: ContextDep) -> Model:
 @router.get("/v1/status", dependencies=[KNOWN_CALLER])
 async def status(context: ContextDep) -> Status:
     """How far the loop is."""
+    votes = await context.votes.read(context.sessions)
     async with context.sessions() as session:
         return Status(
             live=(await policies.read_deployment(session)).live,
-            votes=await session.scalar(select(func.count()).select_from(Vote)) or 0,
+            votes=votes,
             cycles=await session.scalar(select(func.count()).select_from(Cycle)) or 0,
             cycle_stage=await session.scalar(select(Cycle.stage).where(Cycle.ended_at.is_(None)).limit(1)),
         )

@@ -111,7 +111,7 @@ class Conversation(Table):
     id: Mapped[str] = mapped_column(primary_key=True)
     user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    __table_args__ = (Index(None, "user_id", "created_at"),)
+    __table_args__ = (Index(None, "user_id", "created_at", "id"),)
 
 
 class Prompt(Table):
@@ -283,7 +283,7 @@ class Demonstration(Table):
     tags: Mapped[list[Any]]
     import_id: Mapped[int | None] = mapped_column(ForeignKey("imports.id"), index=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    __table_args__ = (Index(None, "user_id", "created_at"),)
+    __table_args__ = (Index(None, "user_id", "created_at", "id"),)
 
 
 class IdempotentCall(Table):

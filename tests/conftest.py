@@ -1,4 +1,4 @@
-"""Fixtures that more than one file of tests uses: a real PostgreSQL, and an environment without settings."""
+"""Fixtures that more than one folder of tests uses: a real PostgreSQL, a real vLLM, an environment without settings."""
 
 import itertools
 import os
@@ -14,7 +14,8 @@ from sqlalchemy import URL
 from service import embedded, schema
 from service.database import database_url
 from service.settings import Settings, get_settings
-from tests.engine import free_port
+from tests.engine import free_port, running_engine
+from tests.tiny_model import make_model
 
 TEMPLATE = "ratchet_template"
 NUMBERS = itertools.count(1)
@@ -61,6 +62,18 @@ def database(database_server: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     get_settings.cache_clear()
     yield settings
     _execute(database_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def vllm(tiny_model: Path) -> Iterator[str]:
+    """The address of one real vLLM, started once in a run."""
+    with running_engine(tiny_model, tiny_model.parent / "engine.log") as url:
+        yield url
 
 
 def _settings(url: URL, state: Path) -> Settings:

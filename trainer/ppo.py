@@ -54,7 +54,7 @@ class PPOSettings:
     """KL to the anchor at the end of the run, in nats per reply."""
     disagreement: float = 0.5
     """Weight of the ensemble's standard deviation, taken off the mean score."""
-    fault_penalty: float = 5.0
+    fault_penalty: float = 2.0
     """Taken off the score of a reply that was cut off or repeats itself, in standard deviations of the reward."""
     max_tokens: int = 64
     """Longest reply, end token included."""

@@ -64,7 +64,9 @@ def _conversations() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_conversations"),
         reference("conversations", "user_id", "users.id"),
     )
-    op.create_index("ix_conversations_user_id_created_at", "conversations", ["user_id", "created_at"])
+    op.create_index(
+        "ix_conversations_user_id_created_at_id", "conversations", ["user_id", "created_at", "id"]
+    )
     op.add_column("prompts", sa.Column("conversation_id", sa.Text))
     op.create_foreign_key(
         "fk_prompts_conversation_id_conversations", "prompts", "conversations", ["conversation_id"], ["id"]
@@ -156,7 +158,9 @@ def _feedback() -> None:
         reference("demonstrations", "import_id", "imports.id"),
     )
     op.create_index("ix_demonstrations_prompt_id", "demonstrations", ["prompt_id"])
-    op.create_index("ix_demonstrations_user_id_created_at", "demonstrations", ["user_id", "created_at"])
+    op.create_index(
+        "ix_demonstrations_user_id_created_at_id", "demonstrations", ["user_id", "created_at", "id"]
+    )
     op.create_index("ix_demonstrations_corrects", "demonstrations", ["corrects"])
     op.create_index("ix_demonstrations_import_id", "demonstrations", ["import_id"])
     op.create_table(

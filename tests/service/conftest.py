@@ -20,9 +20,7 @@ from service import database as db
 from service.app import Connect, create_app
 from service.policies import BASE, ensure_base
 from service.settings import Settings
-from tests.engine import running_engine
 from tests.service.fake_engine import FakeEngine
-from tests.tiny_model import make_model
 
 Serve = Callable[..., httpx.Client]
 Rows = Callable[..., list[tuple[Any, ...]]]
@@ -135,15 +133,3 @@ def page() -> Iterator[Page]:
         yield page
         browser.close()
     assert faults == []
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="session")
-def vllm(tiny_model: Path) -> Iterator[str]:
-    """The address of one real vLLM, started once in a run."""
-    with running_engine(tiny_model, tiny_model.parent / "engine.log") as url:
-        yield url

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from conftest import Rows
+from conftest import Rows, wait_until
 
 from service import database as db
 from service.engine import Message, Sampling
@@ -144,3 +144,24 @@ async def test_what_has_come_is_written_before_the_journal_closes(prepared: Sett
         await asyncio.sleep(0)
     await asyncio.gather(*tasks)
     assert rows("SELECT count(*) FROM replies") == [(5,)]
+
+
+async def test_on_a_new_database_the_end_of_a_reply_does_not_read_the_others(
+    prepared: Settings, rows: Rows
+) -> None:
+    """PostgreSQL plans a prepared statement for tables as small as they are then, and keeps the plan as they grow."""
+    journal = Journal(db.database_url(prepared))
+    async with journal.running():
+        for _ in range(40):
+            one = begun()
+            await journal.begin(one)
+            await journal.end(one.stored.reply_ids[0], WHOLE)
+
+    def num_read() -> int:
+        [(number,)] = rows(
+            "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'replies'"
+        )
+        return int(number)
+
+    wait_until(lambda: num_read() >= 40)  # PostgreSQL counts when the journal's connection has ended
+    assert num_read() == 40

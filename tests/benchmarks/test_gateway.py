@@ -1,0 +1,74 @@
+"""The gateway benchmark's own arithmetic, and its load generator against its mock."""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.benchmarks.gateway_engine import CHUNKS, WORD, Connection
+from tests.benchmarks.gateway_load import Address, Ask, Exchange, at_rate, flow_between, saturate
+from tests.benchmarks.gateway_samples import Load, Sample, Samples, Spread
+
+
+def test_an_answer_partly_in_the_window_counts_by_the_share_of_its_time_that_is() -> None:
+    whole = Exchange(began=11, ended=12, tokens=10)
+    half_before = Exchange(began=9, ended=11, tokens=10)
+    quarter_inside = Exchange(began=19, ended=23, tokens=8)
+    outside = Exchange(began=8, ended=9, tokens=10)
+    wrong = Exchange(began=12, ended=13, fault=b"HTTP/1.1 500")
+
+    flow = flow_between([whole, half_before, quarter_inside, outside, wrong], opened=10, closed=20)
+
+    assert (flow.requests, flow.tokens, flow.seconds) == (1.75, 17, 10)
+    assert flow.answers == 4
+    assert flow.faults == [b"HTTP/1.1 500"]
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    load, samples = Load("stream", 8), Samples()
+    for number, (ours, theirs) in enumerate([(10, 1), (100, 50), (9, 3)]):
+        samples.all += [
+            Sample(load, "ours", number, {"x": ours}),
+            Sample(load, "theirs", number, {"x": theirs}),
+        ]
+
+    assert samples.ratio(load, "x", "ours", "theirs") == Spread(median=3, least=2, most=10)
+    assert samples.added(load, "x", "ours", "theirs") == Spread(median=9, least=6, most=50)
+
+
+@pytest.fixture
+async def mock() -> AsyncIterator[Address]:
+    server = await asyncio.get_running_loop().create_server(Connection, "127.0.0.1", 0)
+    async with server:
+        yield Address("127.0.0.1", server.sockets[0].getsockname()[1])
+
+
+def _ask(address: Address, path: str, *, stream: bool) -> Ask:
+    request = address.request(path, json.dumps({"model": "policy-000000", "stream": stream}).encode())
+    return Ask(address, (request,), lambda response: response.count(WORD.encode()), WORD.encode())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_answer_of_the_mock_is_whole(mock: Address, stream: bool) -> None:
+    flow = await saturate(_ask(mock, "/v1/chat/completions", stream=stream), 4, 0, 0.2, lambda: None)
+
+    assert not flow.faults
+    assert flow.answers >= 4
+    assert flow.tokens == pytest.approx(CHUNKS * flow.requests)
+
+
+async def test_a_wrong_answer_is_a_fault(mock: Address) -> None:
+    flow = await saturate(_ask(mock, "/v1/nothing", stream=False), 2, 0, 0.1, lambda: None)
+
+    assert [fault.split(b"\r\n")[0] for fault in flow.faults] == [b"HTTP/1.1 404 Not Found"] * 2
+    assert flow.answers == 0
+
+
+async def test_the_first_event_comes_before_the_first_token_and_that_before_the_end(mock: Address) -> None:
+    ask = _ask(mock, "/v1/chat/completions", stream=True)
+    exchanges = await at_rate(ask, 50, 0.2, random.Random(0))
+
+    assert len(exchanges) == 10
+    assert all(each.began < each.event <= each.first < each.ended for each in exchanges)
