@@ -8,7 +8,7 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock"
 LOCK_CPU := $(LOCK) pyproject.toml requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test check bench-gateway bench-durability bench-scale clean lock
+.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale clean lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -24,6 +24,10 @@ demo: ## simulated users chat and vote, and the terminal shows the loop learn; T
 test: ## set everything up and run all tests: real PostgreSQL, vLLM and browser
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m pytest
+
+fuzz: ## 10,000 cases without keys and 10,000 with, made from the OpenAPI document; CASES=10000 SEED=0
+	@sh deploy/setup.sh test
+	@FUZZ_CASES=$(or $(CASES),10000) FUZZ_SEED=$(or $(SEED),0) $(PYTHON) -m pytest -q -s tests/service/test_fuzz.py
 
 check: ## formatting, lint, types and the quick tests
 	@sh deploy/setup.sh test

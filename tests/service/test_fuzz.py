@@ -1,0 +1,67 @@
+"""The API answers whatever the world sends it as its document says. `make fuzz`: 10,000 cases without keys, and with."""
+
+import os
+
+import pytest
+from conftest import Rows, Serve
+
+from tests.service.fake_engine import FakeEngine
+from tests.service.fuzzing import Report, fuzz
+
+pytestmark = pytest.mark.database
+CASES = int(os.environ.get("FUZZ_CASES", "300"))
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
+ALL_SUCCEED_FROM = 10_000
+"""With so many cases, each call is made rightly at least once."""
+CANNOT_SUCCEED = {"POST /operator/rollback"}
+"""Nothing was ever swapped."""
+
+
+def check(report: Report, name: str) -> None:
+    print(f"\nfuzzed {name}, seed {SEED}: {report.summary()}")
+    for failure, how in report.failures.items():
+        print(f"\n{failure}\n{how}")
+    assert report.failures == {}
+    assert report.cases >= CASES
+    assert not any(status >= 500 for _, status in report.answers)
+    if CASES >= ALL_SUCCEED_FROM:
+        assert report.operations() - report.succeeded() == CANNOT_SUCCEED
+
+
+def past(rows: Rows) -> None:
+    """A cycle that is over, with its policy."""
+    rows(
+        "INSERT INTO policies (name, path, state, manifest) VALUES ('policy-000001', 'p', 'verified', '{\"a\": 1}')"
+    )
+    rows(
+        "INSERT INTO cycles (trigger, stage, policy, ended_at) VALUES ('votes', 'promoted', 'policy-000001', now())"
+    )
+
+
+def test_without_keys(serve: Serve, rows: Rows) -> None:
+    past(rows)
+    client = serve(FakeEngine())
+    report = fuzz(str(client.base_url), cases=CASES, seed=SEED)
+    check(report, "without keys")
+
+
+def test_with_a_key_of_each_role(serve: Serve, rows: Rows) -> None:
+    past(rows)
+    client = serve(FakeEngine())
+    roles = ("user", "labeler", "operator")
+    made = [client.post("/operator/keys", json={"account": role, "role": role}).json() for role in roles]
+    client = serve(FakeEngine(), require_keys=True, requests_per_minute=1_000_000_000)
+    report = Report()
+    for key in made:
+        report += fuzz(
+            str(client.base_url),
+            cases=-(-CASES // len(roles)),
+            seed=SEED,
+            key=key["key"],
+            spared=frozenset(key["id"] for key in made),
+        )
+    check(report, "with keys")
+    for key in made:
+        assert (
+            client.get("/v1/users/me", headers={"authorization": f"Bearer {key['key']}"}).status_code == 200
+        )
