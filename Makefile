@@ -8,7 +8,7 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock"
 LOCK_CPU := $(LOCK) pyproject.toml requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale clean lock
+.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer clean lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -47,6 +47,10 @@ bench-durability: ## kill -9 every part again and again while users vote, and se
 bench-scale: ## a million stored replies: what calls take, how statements are planned, what exports cost
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.scale
+
+bench-transfer: ## exports and imports: rows a second, CPU, memory, and what other requests wait; VOTES=100000
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.transfer $(VOTES)
 
 clean: ## remove what was installed and cached; the state folder stays
 	rm -rf .venv .venv-gpu .venv-peers tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,6 +1,6 @@
 """Measures exports and imports: rows a second, the service's peak memory, and what another request waits meanwhile.
 
-`make bench-transfer`, or `python -m tests.benchmarks.transfer [VOTES]`. Starts a PostgreSQL and a service of its own.
+`make bench-transfer`. Starts a PostgreSQL and a service of its own.
 """
 
 import contextlib
