@@ -50,7 +50,7 @@ def fault(serve: Serve, vllm: str) -> Fault:  # noqa: F811
             case "breaks midway":
                 return serve(FakeEngine(replies=("one two three four",), breaks_after=2)), {}
             case _:
-                return serve(url=vllm), WRONG[name]
+                return serve(url=vllm), dict(WRONG[name])
 
     return make
 
