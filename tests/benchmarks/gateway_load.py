@@ -19,7 +19,8 @@ LAST_CHUNK = b"\r\n0\r\n\r\n"
 CONTENT_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 JITTER = 0.4
 """A request of a fixed rate is up to this share of the interval early or late: no beat with somebody's timer."""
-LONGEST_SECONDS = 60.0
+LONGEST_SECONDS = 180.0
+"""For the last answers of a visit: a slow gateway on a busy machine takes a minute for 64 streams."""
 
 Count = Callable[[bytes], int]
 """The tokens of a whole response; 0 where it is not what was asked for."""
@@ -176,7 +177,7 @@ async def saturate(
     closed = perf_counter()
     meter()
     stopping = True
-    await asyncio.wait_for(idle.wait(), LONGEST_SECONDS)
+    await _in_time(idle, lambda: f"{left} of {streams} answers of {ask.address} did not end")
     for client in clients:
         client.close()
     return flow_between(exchanges, opened, closed)
@@ -223,7 +224,7 @@ async def at_rate(ask: Ask, per_second: float, seconds: float, chance: random.Ra
             clients.append(await _connect(ask, done))
             free.append(clients[-1])
         free.pop().send(next(requests), perf_counter())
-    await asyncio.wait_for(idle.wait(), LONGEST_SECONDS)
+    await _in_time(idle, lambda: f"only {len(exchanges)} answers of {ask.address} ended")
     for client in clients:
         client.close()
     return exchanges
@@ -233,6 +234,14 @@ def _times(per_second: float, seconds: float, chance: random.Random) -> Iterator
     start, interval = perf_counter(), 1 / per_second
     for number in range(round(per_second * seconds)):
         yield start + (number + 0.5 + chance.uniform(-JITTER, JITTER)) * interval
+
+
+async def _in_time(idle: asyncio.Event, reason: Callable[[], str]) -> None:
+    """Raises RuntimeError for answers that do not come."""
+    try:
+        await asyncio.wait_for(idle.wait(), LONGEST_SECONDS)
+    except TimeoutError:
+        raise RuntimeError(f"{reason()} within {LONGEST_SECONDS:g} s") from None
 
 
 async def _connect(ask: Ask, done: Callable[[Client, Exchange], None]) -> Client:
