@@ -46,11 +46,14 @@ MEDIA_TYPES: dict[FileFormat, str] = {
     "jsonl": "application/jsonl",
     "parquet": "application/vnd.apache.parquet",
 }
-FILE = {"schema": {"type": "string", "format": "binary"}}
+FILES: dict[str, dict[str, Any]] = {
+    "application/jsonl": {"schema": {"description": "A JSON object on each line."}},
+    "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
+}
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The file. An error halfway breaks the connection off, so that half a file is not taken for one.",
-        "content": dict.fromkeys(MEDIA_TYPES.values(), FILE),
+        "content": FILES,
     }
 }
 KIND = (
@@ -71,7 +74,7 @@ async def export(
 ) -> StreamingResponse:
     """Every vote, ranking or demonstration, in the order of their ids, as a file."""
     if rankings and kind != "pairs":
-        raise BadRequest("`rankings` goes with `pairs` only.", param="rankings")
+        raise BadRequest("`rankings` goes with `pairs` only.", param="rankings", code="only_for_pairs")
     chunks = _chunks(context.sessions, kind, format, rankings)
     first = await anext(chunks, b"")  # what fails up to here is still answered as an error
     return StreamingResponse(

@@ -6,7 +6,7 @@ taken, what it forbids is refused; no key, no answer. Of those, one lets go: req
 
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -18,16 +18,22 @@ from schemathesis.engine import events, from_schema
 from schemathesis.engine.recorder import CheckNode, ScenarioRecorder
 from schemathesis.generation.meta import TestPhase
 
+from tests.service.spoilt_files import spoilt_files
+
 RULES_BETWEEN_FIELDS = {
     "expired",
+    "import_empty",
+    "import_refused",
     "last_message_not_user",
     "messages_or_corrects",
     "needs_logprobs",
     "needs_stream",
     "no_comparison",
+    "only_for_pairs",
     "wrong_number_of_ranks",
 }
 """Codes of errors that a document of one field at a time cannot foretell."""
+FILE_TYPES = ("application/jsonl", "application/vnd.apache.parquet")
 
 
 @dataclass
@@ -68,6 +74,13 @@ class Report:
             self.failures | other.failures,
             self.seconds + other.seconds,
         )
+
+
+def take_files(exports: Sequence[bytes]) -> None:
+    """From now on, what is imported are these files with something changed."""
+    for media_type in FILE_TYPES:
+        schemathesis.openapi.media_type(media_type, spoilt_files(exports))
+        schemathesis.serializer(media_type)(lambda _, content: {"data": content})
 
 
 class Memory:
@@ -154,7 +167,7 @@ def _round(url: str, config: SchemathesisConfig, spared: frozenset[int]) -> Iter
         memory.use(case)
 
     def after_call(_: object, case: schemathesis.Case, response: schemathesis.Response) -> None:
-        if response.status_code in (200, 201) and "json" in response.headers["content-type"][0]:
+        if response.status_code in (200, 201) and response.headers["content-type"] == ["application/json"]:
             memory.learn(case, response.json())
 
     @schema.hook

@@ -2,11 +2,13 @@
 
 import os
 
+import httpx
 import pytest
 from conftest import Rows, Serve
 
 from tests.service.fake_engine import FakeEngine
-from tests.service.fuzzing import Report, fuzz
+from tests.service.fuzzing import Report, fuzz, take_files
+from tests.service.transfer import KINDS, download, give_feedback
 
 pytestmark = pytest.mark.database
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
@@ -28,8 +30,10 @@ def check(report: Report, name: str) -> None:
         assert report.operations() - report.succeeded() == CANNOT_SUCCEED
 
 
-def past(rows: Rows) -> None:
-    """A cycle that is over, with its policy."""
+def prepare(client: httpx.Client, engine: FakeEngine, rows: Rows) -> None:
+    """Feedback of every kind, its exports to make imports of, and a cycle that is over, with its policy."""
+    give_feedback(client, engine)
+    take_files([download(client, kind, format=format) for kind in KINDS for format in ("jsonl", "parquet")])
     rows(
         "INSERT INTO policies (name, path, state, manifest) VALUES ('policy-000001', 'p', 'verified', '{\"a\": 1}')"
     )
@@ -39,15 +43,15 @@ def past(rows: Rows) -> None:
 
 
 def test_without_keys(serve: Serve, rows: Rows) -> None:
-    past(rows)
-    client = serve(FakeEngine())
+    client = serve(engine := FakeEngine())
+    prepare(client, engine, rows)
     report = fuzz(str(client.base_url), cases=CASES, seed=SEED)
     check(report, "without keys")
 
 
 def test_with_a_key_of_each_role(serve: Serve, rows: Rows) -> None:
-    past(rows)
-    client = serve(FakeEngine())
+    client = serve(engine := FakeEngine())
+    prepare(client, engine, rows)
     roles = ("user", "labeler", "operator")
     made = [client.post("/operator/keys", json={"account": role, "role": role}).json() for role in roles]
     client = serve(FakeEngine(), require_keys=True, requests_per_minute=1_000_000_000)
