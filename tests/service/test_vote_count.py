@@ -40,6 +40,11 @@ class Database:
         return self.counts
 
 
+@pytest.fixture(autouse=True)
+def one_vote_is_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vote_count, "FEW", 1)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
@@ -60,3 +65,9 @@ async def test_many_at_once_share_one_count(clock: Clock) -> None:
     votes, database = VoteCount(), Database(clock, seconds=0.5)
     assert await asyncio.gather(*(votes.read(database) for _ in range(9))) == [1] * 9  # type: ignore[arg-type]
     assert database.counts == 1
+
+
+async def test_few_votes_are_counted_each_time(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vote_count, "FEW", 3)
+    votes, database = VoteCount(), Database(clock, seconds=0.5)
+    assert [await votes.read(database) for _ in range(4)] == [1, 2, 3, 3]  # type: ignore[arg-type]
