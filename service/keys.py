@@ -9,6 +9,7 @@ from service import keyring
 from service.auth import OPERATOR_ONLY
 from service.context import ContextDep
 from service.errors import BadRequest, NotFound
+from service.formats import IMPORT_ACCOUNT
 from service.operator_schemas import KeyRequest, KeyView, NewKey
 from service.tables import Key
 
@@ -18,6 +19,12 @@ router = APIRouter(prefix="/operator/keys", tags=["operator"], dependencies=[OPE
 @router.post("", status_code=201)
 async def make_key(body: KeyRequest, context: ContextDep) -> NewKey:
     """Make a key for an account. It is shown now and never again."""
+    if body.account == IMPORT_ACCOUNT:
+        raise BadRequest(
+            f"account: {IMPORT_ACCOUNT} holds what was imported. Take another name.",
+            param="account",
+            code="reserved",
+        )
     try:
         key, row = keyring.new_key(body.account, body.role, body.expires_at)
     except ValueError as error:
