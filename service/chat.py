@@ -15,7 +15,7 @@ from service.context import Context, ContextDep
 from service.conversations import read_context
 from service.engine import Sampling
 from service.errors import BadRequest, NotFound
-from service.generation import Asked, generating
+from service.generation import Asked, Generation, generating
 from service.journal import UserName
 from service.keyring import Identity
 from service.pairing import Pairing, Rates, draw, pair
@@ -57,7 +57,7 @@ async def _answer(body: ChatRequest, identity: Identity, context: Context) -> Re
     asked = await _checked(body, identity, context)
     async with AsyncExitStack() as stack:
         generation = await stack.enter_async_context(generating(context, asked))
-        headers = _headers(body, asked)
+        headers = _headers(body, asked, generation)
         if not body.stream:
             whole = await Answer(generation).whole()
             return Response(whole, media_type="application/json", headers=headers)
@@ -163,8 +163,9 @@ async def _seen(context: Context, user: UserName) -> tuple[bool, int]:
     return (False, 0) if row is None else (not row[0], row[1])
 
 
-def _headers(body: ChatRequest, asked: Asked) -> dict[str, str]:
-    """In a comparison nothing tells the policy."""
-    headers = {} if asked.pairing else {"x-ratchet-policy": asked.policy}
+def _headers(body: ChatRequest, asked: Asked, generation: Generation) -> dict[str, str]:
+    """In a comparison nothing tells the policy; its id is here too, for clients that hide fields they do not know."""
+    comparison_id = generation.stored.comparison_id
+    headers = {"x-ratchet-comparison": comparison_id} if comparison_id else {"x-ratchet-policy": asked.policy}
     ignored = [name for name in body.model_extra or {} if SAFE_NAME.fullmatch(name)][:MOST_IGNORED]
     return headers | ({"x-ratchet-ignored": ", ".join(ignored)} if ignored else {})

@@ -84,6 +84,7 @@ def test_a_comparison_shows_both_replies_in_stored_order_and_hides_the_policy(
         else:
             comparison = answer.json()["comparison"]["id"]
             texts = {choice["index"]: choice["message"]["content"] for choice in answer.json()["choices"]}
+        assert answer.headers["x-ratchet-comparison"] == comparison
         stored = rows(
             "SELECT position, content FROM comparison_replies JOIN replies ON id = reply_id"
             " WHERE comparison_id = %s ORDER BY position",
