@@ -12,13 +12,11 @@ import itertools
 import json
 import math
 import random
-import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -230,7 +228,7 @@ def _train(
         for optimizer, learning_rate in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate * scale
         ids, labels = next(batches)
-        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids).logits
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
@@ -255,18 +253,11 @@ def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[tuple[torch.opt
     return [(muon, recipe.matrix_learning_rate), (adam, recipe.learning_rate)]
 
 
-@cache
-def multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU has instructions for bfloat16; else torch emulates them, at more than float32's time."""
-    flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(" ".join(flags).split()))
-
-
 @torch.no_grad()
 def _perplexities(model: LlamaForCausalLM, corpus: Tensor, held_out: Tensor) -> tuple[float, float, float]:
     """Of the model, a unigram and a bigram model on the same held-out tokens, each predicted from what is before it."""
     rows = held_out[: len(held_out) // 128 * 128].view(-1, 128)
-    with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
+    with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=rows).logits[:, :-1].flatten(0, 1).float()
     loss = functional.cross_entropy(logits, rows[:, 1:].flatten()).item()
     unigram, bigram = count_perplexities(corpus.tolist(), [row.tolist() for row in rows])
