@@ -121,6 +121,7 @@ def read_sampling(body: ChatRequest, context: Context) -> Sampling:
         max_tokens=min(max_tokens, context.fleet.context_tokens() or max_tokens),
         temperature=default if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=context.settings.default_min_p if body.top_p is None else 0.0,
         stop=tuple(body.stop or ()),
         seed=body.seed,
         presence_penalty=body.presence_penalty or 0.0,

@@ -34,6 +34,8 @@ class Sampling:
     max_tokens: int
     temperature: float
     top_p: float
+    min_p: float
+    """Tokens less likely than this share of the likeliest one are never drawn."""
     stop: tuple[str, ...]
     seed: int | None
     presence_penalty: float
@@ -202,6 +204,7 @@ def _body(
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
         "stop": sampling.stop,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,

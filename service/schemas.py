@@ -172,7 +172,10 @@ class ChatRequest(BaseModel):
     max_tokens: AtLeastOne | None = Field(None, description="Longest reply, in tokens.")
     max_completion_tokens: AtLeastOne | None = Field(None, description="OpenAI's newer name of `max_tokens`.")
     temperature: UpToTwo | None = Field(None, description="0 takes the likeliest token.")
-    top_p: Share | None = Field(None, description="Nucleus sampling.")
+    top_p: Share | None = Field(
+        None,
+        description="Nucleus sampling. Without it, the service's default filter (`RATCHET_DEFAULT_MIN_P`).",
+    )
     stop: Annotated[Stops, BeforeValidator(_listed, json_schema_input_type=Stop | Stops)] | None = Field(
         None, description="A text that ends the reply, or up to four of them."
     )

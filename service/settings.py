@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     # --- chat
     default_max_tokens: int = Field(512, ge=1)
     """Longest reply in tokens where a request names none; cut to what is left of the context."""
+    default_min_p: float = Field(0.02, ge=0, lt=1)
+    """Where a request names no `top_p`, tokens less likely than this share of the likeliest one are never drawn."""
     request_deadline_seconds: float = Field(120.0, gt=0)
     """A generation that takes longer, its wait in the queue included, is aborted."""
     call_deadline_seconds: float = Field(30.0, gt=0)

@@ -7,7 +7,7 @@ A cycle that was cut off is taken up again from its snapshot; one whose policy w
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,8 @@ def _learn(run: Run) -> str:
 
     run.enter("ppo")
     guards = load_guards(settings.guard, start.base)
-    live = gate.draw_sample(roles, judge, sampler, held_out, guards, run.seed)
+    served = replace(sampler, min_p=settings.default_min_p)  # the gate sees what users would see
+    live = gate.draw_sample(roles, judge, served, held_out, guards, run.seed)
     ppo_settings = ppo.PPOSettings(
         iterations=settings.ppo_iterations,
         rollouts=settings.ppo_rollouts,
@@ -156,7 +157,7 @@ def _learn(run: Run) -> str:
     run.metrics["ppo"] |= {"kept": outcome.kept, "why": outcome.why}
 
     run.enter("gate")
-    kept = _pass_gate(run, roles, judge, sampler, held_out, guards, live, outcome)
+    kept = _pass_gate(run, roles, judge, served, held_out, guards, live, outcome)
 
     name = _next_name(run)
     lineage = publish.Lineage(

@@ -11,6 +11,7 @@ Sequences are padded on the right: with a causal model nothing real can see the 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,8 +57,18 @@ class Reading:
     """[B, L] log-probability of each reply token; 0.0 elsewhere."""
 
 
+@cache
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it; elsewhere float32, since emulation takes two to three times as long."""
+    if device.type == "cpu":
+        has_it = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_it else torch.float32
+
+
 class Roles(nn.Module):
-    """The base with the policy's adapter, which is kept in float32 and computed in bfloat16 (autocast)."""
+    """The base with the policy's adapter, which is kept in float32 and computed in `compute_dtype` (autocast)."""
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
@@ -67,7 +78,7 @@ class Roles(nn.Module):
     @staticmethod
     def load(base: str | Path, rank: int, parent: Path | None = None) -> "Roles":
         """The base with one adapter, `policy`: that of the parent policy, or a new one that changes nothing yet."""
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(torch.get_default_device()))
         tokenizer = AutoTokenizer.from_pretrained(base)
         lora = LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -141,11 +152,12 @@ class Roles(nn.Module):
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[None]:
-        """Within it the model computes as the policy or the reference, in bfloat16."""
+        """Within it the model computes as the policy or the reference."""
         off: AbstractContextManager[None] = (
             self.model.disable_adapter() if role == REFERENCE else nullcontext()
         )
-        with off, torch.autocast(self.device.type, torch.bfloat16):
+        bfloat16 = compute_dtype(self.device) is torch.bfloat16
+        with off, torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             yield
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> Tensor:

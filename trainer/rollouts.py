@@ -19,7 +19,7 @@ class Rollout:
     reply_ids: list[int]
     """[T] sampled tokens; the last one is an end token where `ended`."""
     logprobs: list[float]
-    """[T] log-probability of each sampled token at the sampling temperature."""
+    """[T] log-probability of each sampled token at the sampling temperature, before any token was ruled out."""
     ended: bool
     """False where the reply was cut off at the longest length."""
 
@@ -33,6 +33,8 @@ class Sampler:
     max_tokens: int
     """Longest reply, end token included."""
     temperature: float = 1.0
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one are never drawn; 0 rules none out."""
     batch_size: int = 256
     """Sequences sampled at once."""
 
@@ -73,7 +75,10 @@ class Sampler:
                 logits_to_keep=1,
             ).logits[:, -1]
             distribution = torch.log_softmax(logits.float() / self.temperature, dim=-1)  # (B, V)
-            tokens = torch.multinomial(distribution.exp(), 1, generator=generator)  # (B, 1)
+            odds = (
+                distribution - distribution.max(dim=-1, keepdim=True).values
+            ).exp()  # (B, V) 1 at the likeliest
+            tokens = torch.multinomial(odds * (odds >= self.min_p), 1, generator=generator)  # (B, 1)
             chosen = distribution.gather(1, tokens)[:, 0].tolist()
             for row, token, logprob in zip(rows, tokens[:, 0].tolist(), chosen, strict=True):
                 replies[row].append(token)

@@ -26,7 +26,7 @@ SAMPLES = 2000
 PER_ROUND = 32
 AT_ONCE = 4
 WARM_UP_ROUNDS = 3
-SAMPLING = Sampling(512, 1.0, 1.0, (), None, 0.0, 0.0)
+SAMPLING = Sampling(512, 1.0, 1.0, 0.0, (), None, 0.0, 0.0)
 ENDED = (Ended("one two", "stop", 3, 2), Ended("three four", "stop", 3, 2))
 Subject = tuple[str, str]
 """An id, and the user to name with it."""

@@ -23,7 +23,7 @@ from tests.benchmarks.durability_parts import (
     wait_until_answering,
 )
 
-SAMPLING = Sampling(8, 1.0, 1.0, (), None, 0.0, 0.0)
+SAMPLING = Sampling(8, 1.0, 1.0, 0.0, (), None, 0.0, 0.0)
 ENDED = (Ended("one two", "stop", 3, 2), Ended("three four", "stop", 3, 2))
 VOTING_SECONDS = 2.0
 """Between two kills."""

@@ -15,7 +15,7 @@ from service.policies import BASE
 from service.settings import Settings
 
 pytestmark = pytest.mark.database
-SAMPLING = Sampling(8, 1.0, 1.0, ("x",), None, 0.0, 0.0)
+SAMPLING = Sampling(8, 1.0, 1.0, 0.0, ("x",), None, 0.0, 0.0)
 WHOLE = Ended("said", "stop", 3, 2)
 
 

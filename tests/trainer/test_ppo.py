@@ -1,5 +1,6 @@
 """The loop on a tiny model: unchanged weights have ratio 1, a reward is learnt, and what is kept follows the judge."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +61,20 @@ def test_the_samplers_logprobs_are_the_trainers(roles: Roles) -> None:
         with torch.no_grad():
             again = roles.logprobs(batch)[0, len(rollout.prompt_ids) :]
         torch.testing.assert_close(again, torch.tensor(rollout.logprobs), atol=0.1, rtol=0.05)
+
+
+def test_a_sampler_never_draws_what_is_too_unlikely(roles: Roles) -> None:
+    prompts = [[5, 6, 7]] * 64
+    with roles.acting_as(POLICY):
+        free = Sampler(roles.end_ids, max_tokens=1).sample(
+            roles.model, prompts, torch.Generator().manual_seed(1)
+        )
+        likeliest = max(rollout.logprobs[0] for rollout in free)
+        filtered = Sampler(roles.end_ids, max_tokens=1, min_p=0.9).sample(
+            roles.model, prompts, torch.Generator().manual_seed(1)
+        )
+    assert min(rollout.logprobs[0] for rollout in free) < likeliest + math.log(0.9)
+    assert min(rollout.logprobs[0] for rollout in filtered) >= likeliest + math.log(0.9)
 
 
 def test_a_reward_is_learnt_and_the_anchor_stays_as_it_is(roles: Roles, tmp_path: Path) -> None:
