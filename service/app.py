@@ -37,7 +37,7 @@ from service.context import Context
 from service.database import async_engine, async_sessions, database_url
 from service.docs import ERROR_CONTENT, DescribedApp
 from service.edge import Edge
-from service.engine import Engine, VllmEngine
+from service.engine import Engine, VllmEngine, engine_connector
 from service.errors import BadRequest, Conflict, DatabaseUnavailable, RatchetError
 from service.fleet import Fleet
 from service.journal import Journal
@@ -120,7 +120,7 @@ async def _start(stack: AsyncExitStack, settings: Settings, connect: Connect) ->
     """Open what the service needs; `stack` closes it in the opposite order."""
     database: AsyncEngine = async_engine(settings)
     stack.push_async_callback(database.dispose)
-    session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+    session = await stack.enter_async_context(aiohttp.ClientSession(connector=engine_connector()))
     journal = Journal(database_url(settings))
     await stack.enter_async_context(journal.running())
     fleet = Fleet(connect(settings, session))

@@ -17,6 +17,8 @@ import msgspec
 from service.errors import BadRequest, EngineGone, EngineUnavailable, PolicyNotLoaded, PolicyRefused
 
 CONNECT_SECONDS = 2.0
+KEEP_SECONDS = 3.0
+"""An idle connection is kept for: vLLM closes one after 5 s, and a request sent just then would be lost."""
 CONTROL_SECONDS = 10.0
 """For questions that need no generation."""
 TOKEN_SECONDS = 30.0
@@ -101,6 +103,11 @@ class Engine(Protocol):
 
     async def logprob(self, policy: str, prefix: list[int], token: int) -> float:
         """Log-probability (nats, temperature 1) of `token` after `prefix`."""
+
+
+def engine_connector() -> aiohttp.TCPConnector:
+    """Connections to engines: as many as there are requests, kept for the next ones."""
+    return aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_SECONDS)
 
 
 class VllmEngine:
@@ -268,6 +275,7 @@ async def _pieces(content: aiohttp.StreamReader) -> AsyncIterator[list[Piece]]:
             if pieces:
                 yield pieces
             if whole:
+                await _received(content)  # the end of the body: the connection can serve the next request
                 return
             del events[:most]
             if any(piece.text for piece in pieces):

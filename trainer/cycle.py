@@ -7,7 +7,7 @@ A cycle that was cut off is taken up again from its snapshot; one whose policy w
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.policies import BASE, CHANNEL
 from service.settings import Settings
 from service.tables import Cycle, Deployment, Policy
-from trainer import gate, ppo, publish, reward_model, snapshot
-from trainer.guard import Guard, load_guards
-from trainer.models import POLICY, REFERENCE, Roles
-from trainer.rollouts import Rollout, Sampler
+from trainer import ppo, publish, reward_model, snapshot
+from trainer.guard import load_guards
+from trainer.learning import Recipe, Refused, TooFewVotes, learn
+from trainer.models import Roles
 
-MIN_PAIRS = 16
-"""Decided votes below which nothing is learnt."""
 SWAP_SECONDS = 300.0
 """How long the service may take to verify a policy."""
 
@@ -58,7 +56,7 @@ class Run:
 
     def enter(self, stage: str) -> None:
         """Begins a stage: one line on the console, one in the database."""
-        self.console.print(f"cycle {self.id}: {stage}")
+        self.say(stage)
         self.metrics["progress"] = {"stage": stage, "done": 0, "total": 0}
         with self.sessions.begin() as session:
             row = session.get_one(Cycle, self.id)
@@ -69,6 +67,10 @@ class Run:
         self.metrics |= metrics
         with self.sessions.begin() as session:
             session.get_one(Cycle, self.id).metrics = dict(self.metrics)
+
+    def say(self, line: str) -> None:
+        """One line on the console."""
+        self.console.print(f"cycle {self.id}: {line}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,53 +113,15 @@ def _learn(run: Run) -> str:
     start = _find_start(run)
     roles = Roles.load(start.base, settings.lora_rank, start.adapter)
     pairs = [pair for row in preferences if (pair := _as_pair(roles, row)) is not None]
-    decided = sum(pair.label != 0.5 for pair in pairs)
-    if decided < MIN_PAIRS:
-        raise CycleEnded("failed", f"{decided} votes prefer one reply, and {MIN_PAIRS} are needed.")
 
-    run.enter("reward_model")
-    reward_settings = reward_model.RewardSettings()
-    train, held_out = reward_model.split(pairs, reward_settings.held_out, run.seed)
-    if not _any_decided(train) or not _any_decided(held_out):
-        prompts_voted = len({pair.group for pair in pairs})
-        raise CycleEnded(
-            "failed",
-            f"The votes are on {prompts_voted} prompts: too few to hold some out and learn from the rest.",
-        )
-    sampler = Sampler(roles.end_ids, settings.max_reply_tokens)
-    own = _anchor_features(roles, sampler, pairs, run.seed)
-    ensemble = reward_model.fit(roles, train, own, reward_settings.members, run.seed)
-    judge = reward_model.fit(roles, held_out, own, 1, run.seed)
-    accuracy = reward_model.measure_accuracy(roles, ensemble, held_out)
-    run.note(
-        reward_model={
-            "accuracy": asdict(accuracy),
-            "judge_accuracy": asdict(reward_model.measure_accuracy(roles, judge, train)),
-            "train_pairs": len(train),
-            "held_out_pairs": len(held_out),
-        }
-    )
-
-    run.enter("ppo")
+    recipe = _recipe(settings, start)
     guards = load_guards(settings.guard, start.base)
-    served = replace(sampler, min_p=settings.default_min_p)  # the gate sees what users would see
-    live = gate.draw_sample(roles, judge, served, held_out, guards, run.seed)
-    ppo_settings = ppo.PPOSettings(
-        iterations=settings.ppo_iterations,
-        rollouts=settings.ppo_rollouts,
-        kl_budget=settings.kl_budget,
-        kl_start=_inherited_coefficient(start),
-        max_tokens=settings.max_reply_tokens,
-    )
-    prompts = [pair.prompt for pair in pairs]
-    training = ppo.PPO(roles, ensemble, judge, prompts, ppo_settings, run.seed)
-    outcome = ppo.train(
-        training, run.folder / "checkpoints", lambda iteration: _show(run, iteration, ppo_settings)
-    )
-    run.metrics["ppo"] |= {"kept": outcome.kept, "why": outcome.why}
-
-    run.enter("gate")
-    kept = _pass_gate(run, roles, judge, served, held_out, guards, live, outcome)
+    try:
+        learned = learn(roles, pairs, guards, recipe, run.seed, run.folder / "checkpoints", run)
+    except TooFewVotes as error:
+        raise CycleEnded("failed", str(error)) from None
+    except Refused as error:
+        raise CycleEnded("rejected", str(error)) from None
 
     name = _next_name(run)
     lineage = publish.Lineage(
@@ -168,22 +132,32 @@ def _learn(run: Run) -> str:
         cycle=run.id,
         snapshot=sha256,
         seed=run.seed,
-        settings={"ppo": asdict(ppo_settings), "reward_model": asdict(reward_settings)},
+        settings=asdict(recipe),
         metrics={
-            "kept": asdict(kept),
+            "kept": asdict(learned.kept),
             "gate": run.metrics["gate"],
             "reward_model": run.metrics["reward_model"],
             "seconds": time.monotonic() - started,
         },
     )
-    probes = _sample_probes(roles, sampler, prompts, run.seed)
-    folder = publish.publish(roles, probes, lineage, settings.state / "policies")
+    folder = publish.publish(roles, learned.probes, lineage, settings.state / "policies")
     _register(run, name, start.live, folder)
     return name
 
 
-def _any_decided(pairs: list[reward_model.Pair]) -> bool:
-    return any(pair.label != 0.5 for pair in pairs)
+def _recipe(settings: Settings, start: Start) -> Recipe:
+    """The trainer's defaults, with what the settings say."""
+    return Recipe(
+        policy=ppo.PPOSettings(
+            iterations=settings.ppo_iterations,
+            rollouts=settings.ppo_rollouts,
+            kl_budget=settings.kl_budget,
+            kl_start=_inherited_coefficient(start),
+            max_tokens=settings.max_reply_tokens,
+        ),
+        reward=reward_model.RewardSettings(),
+        served_min_p=settings.default_min_p,
+    )
 
 
 def _take_snapshot(run: Run) -> tuple[list[snapshot.Preference], str]:
@@ -223,70 +197,12 @@ def _as_pair(roles: Roles, row: snapshot.Preference) -> reward_model.Pair | None
     )
 
 
-def _anchor_features(
-    roles: Roles, sampler: Sampler, pairs: list[reward_model.Pair], seed: int
-) -> torch.Tensor:
-    """[256, F] of replies by the anchor, which every score is scaled to."""
-    generator = torch.Generator(device=roles.device).manual_seed(seed)
-    prompts = [pairs[index % len(pairs)].prompt for index in range(256)]
-    with roles.acting_as(REFERENCE):
-        rollouts = sampler.sample(roles.model, prompts, generator)
-    return reward_model.read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
-
-
 def _inherited_coefficient(start: Start) -> float:
     """The KL coefficient that the live policy was kept at: a cycle goes on where the last one left off."""
     if start.adapter is None:
         return ppo.PPOSettings().kl_start
     manifest = json.loads((start.adapter / "manifest.json").read_text())
     return float(manifest["metrics"]["kept"]["kl_coefficient"])
-
-
-def _show(run: Run, iteration: ppo.Iteration, settings: ppo.PPOSettings) -> None:
-    run.console.print(
-        f"cycle {run.id}: iteration {iteration.number + 1}/{settings.iterations}  score {iteration.score:+.2f}  "
-        f"judge {iteration.judge:+.2f}±{iteration.judge_error:.2f}  KL {iteration.kl:.2f}  "
-        f"length {iteration.length:.1f}  ended {iteration.ended:.0%}"
-    )
-    iterations = [*run.metrics.get("ppo", {}).get("iterations", []), asdict(iteration)]
-    if iteration.number == 0:
-        iterations = iterations[-1:]  # a cycle taken up again starts its PPO anew
-    progress = {"stage": "ppo", "done": iteration.number + 1, "total": settings.iterations}
-    run.note(ppo={"iterations": iterations}, progress=progress)
-
-
-def _pass_gate(
-    run: Run,
-    roles: Roles,
-    judge: reward_model.Head,
-    sampler: Sampler,
-    held_out: list[reward_model.Pair],
-    guards: list[Guard],
-    live: gate.Sample,
-    outcome: ppo.Outcome,
-) -> ppo.Iteration:
-    """The kept checkpoint, or an earlier one with less KL, whichever passes first. Raises CycleEnded."""
-    verdict = None
-    for number in dict.fromkeys((outcome.kept, outcome.kept * 2 // 3, outcome.kept // 3)):
-        if number == 0:
-            continue  # the weights that the cycle began with
-        state = torch.load(ppo.checkpoint_path(run.folder / "checkpoints", number), weights_only=True)
-        roles.load_policy_state(state)
-        finite = all(bool(weights.isfinite().all()) for weights in state.values())
-        candidate = gate.draw_sample(roles, judge, sampler, held_out, guards, run.seed)
-        kl = outcome.iterations[number].kl
-        verdict = gate.decide(candidate, live, kl, run.settings.kl_budget, finite)
-        run.note(gate=verdict.as_dict() | {"iteration": number})
-        if verdict.passed:
-            return outcome.iterations[number]
-    reason = verdict.reason if verdict else "the judge liked none of its policies better than live"
-    raise CycleEnded("rejected", f"The gate refused it: {reason}.")
-
-
-def _sample_probes(roles: Roles, sampler: Sampler, prompts: list[list[int]], seed: int) -> list[Rollout]:
-    generator = torch.Generator(device=roles.device).manual_seed(seed)
-    with roles.acting_as(POLICY):
-        return sampler.sample(roles.model, prompts[:16], generator)
 
 
 def _next_name(run: Run) -> str:

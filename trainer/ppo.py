@@ -10,8 +10,9 @@ Legend: B sequences, L tokens of prompt and reply, N rollouts of an iteration, K
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,6 +191,26 @@ class PPO:
             number=number, kl_coefficient=self.kl_coefficient, clipped=sum(clipped) / len(clipped), **measured
         )
 
+    def state(self) -> dict[str, Any]:
+        """All that the next iteration depends on."""
+        return {
+            "policy": self.roles.policy_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "value": self.value.state(),
+            "kl_coefficient": self.kl_coefficient,
+            "generator": self.generator.get_state(),
+            "rng": self.rng.getstate(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from there as if nothing had happened."""
+        self.roles.load_policy_state(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.value.load_state(state["value"])
+        self.kl_coefficient = state["kl_coefficient"]
+        self.generator.set_state(state["generator"].cpu())
+        self.rng.setstate(state["rng"])
+
     @torch.no_grad()
     def _read(self, rollouts: Sequence[Rollout]) -> list[Minibatch]:
         """Rollouts of like length together, so that little is spent on padding."""
@@ -299,23 +320,51 @@ class Outcome:
 
 PATIENCE = 5
 """Iterations in a row that the judge must call worse than the best before the run ends."""
+UNDER_WAY = "under-way.pt"
+"""Everything that training goes on from, after the last whole iteration."""
 OBJECTION = 2.0
 """Standard errors below its best at which the judge calls a policy worse: the best of many noisy numbers is flattered."""
 
 
 def train(ppo: PPO, checkpoints: Path, on_iteration: Callable[[Iteration], None]) -> Outcome:
-    """Iterates until the judge objects or all is done, with a checkpoint of the policy before each iteration."""
+    """Iterates until the judge objects or all is done, with a checkpoint of the policy before each iteration.
+
+    Goes on where an earlier call with the same checkpoints was cut off: the policy becomes the same, byte for byte.
+    """
     checkpoints.mkdir(parents=True, exist_ok=True)
-    iterations: list[Iteration] = []
-    why = "all iterations were done"
-    for number in range(ppo.settings.iterations):
-        torch.save(ppo.roles.policy_state(), checkpoint_path(checkpoints, number))
+    iterations = _resume(ppo, checkpoints)
+    while len(iterations) < ppo.settings.iterations and not _objects(iterations):
+        number = len(iterations)
+        _save(ppo.roles.policy_state(), checkpoint_path(checkpoints, number))
         iterations.append(ppo.iterate(number))
+        state = ppo.state() | {"iterations": [asdict(iteration) for iteration in iterations]}
+        _save(state, checkpoints / UNDER_WAY)
         on_iteration(iterations[-1])
-        if number - choose_kept(iterations) >= PATIENCE:
-            why = f"the held-out judge called {PATIENCE} iterations in a row worse than the best"
-            break
+    why = "all iterations were done"
+    if _objects(iterations):
+        why = f"the held-out judge called {PATIENCE} iterations in a row worse than the best"
     return Outcome(iterations, choose_kept(iterations), why)
+
+
+def _objects(iterations: Sequence[Iteration]) -> bool:
+    return bool(iterations) and iterations[-1].number - choose_kept(iterations) >= PATIENCE
+
+
+def _resume(ppo: PPO, checkpoints: Path) -> list[Iteration]:
+    """The iterations that are done already."""
+    path = checkpoints / UNDER_WAY
+    if not path.exists():
+        return []
+    state = torch.load(path, weights_only=True, map_location=ppo.roles.device)
+    ppo.load_state(state)
+    return [Iteration(**iteration) for iteration in state["iterations"]]
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.rename(path)
 
 
 def choose_kept(iterations: Sequence[Iteration]) -> int:

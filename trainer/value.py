@@ -57,6 +57,14 @@ class Value:
         """[B, L, G] -> [B, L] values before each reply token; 0.0 elsewhere."""
         return ((features / self.scale) @ self.weight.to(features.dtype)) * mask
 
+    def state(self) -> dict[str, Tensor]:
+        """What fitting goes on from."""
+        return {"weight": self.weight, "moment": self.moment, "target": self.target}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Puts a state back."""
+        self.weight, self.moment, self.target = state["weight"], state["moment"], state["target"]
+
     def fade(self) -> None:
         """To be called once an iteration, before its data are added."""
         self.moment *= FORGETTING

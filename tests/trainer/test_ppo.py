@@ -103,6 +103,36 @@ def test_the_same_seed_gives_the_same_policy(tmp_path: Path) -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+class Killed(Exception):
+    pass
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_policy(tmp_path: Path) -> None:
+    base = make_model(tmp_path)
+
+    def train(checkpoints: Path, cut_off_after: int | None = None) -> tuple[Roles, ppo.Outcome]:
+        def watch(iteration: Iteration) -> None:
+            if iteration.number == cut_off_after:
+                raise Killed
+
+        torch.manual_seed(0)
+        roles = Roles.load(base, rank=4)
+        return roles, ppo.train(start(roles), checkpoints, watch)
+
+    whole, told = train(tmp_path / "whole")
+    for number in (0, 2):
+        with pytest.raises(Killed):
+            train(tmp_path / "cut", cut_off_after=number)
+    resumed, retold = train(tmp_path / "cut")
+    assert told == retold
+    assert len(told.iterations) > 3
+    expected, found = whole.policy_state(), resumed.policy_state()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for name in ("002.pt", "004.pt"):
+        one, two = (torch.load(tmp_path / run / name) for run in ("whole", "cut"))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_a_loss_that_is_no_number_ends_the_run(roles: Roles) -> None:
     training = start(roles)
     training.ensemble = replace(training.ensemble, offset=torch.tensor([float("nan")]))

@@ -1,0 +1,158 @@
+"""From votes to a better policy: reward model, PPO, gate. Knows nothing of the database; a cycle (`cycle.py`) wraps it.
+
+What it measures on the way goes to a `Watch`, which a cycle writes to its row, and a benchmark keeps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer import gate, ppo, reward_model
+from trainer.guard import Guard
+from trainer.models import POLICY, REFERENCE, Roles
+from trainer.reward_model import Head, Pair
+from trainer.rollouts import Rollout, Sampler
+
+MIN_PAIRS = 16
+"""Decided votes below which nothing is learnt."""
+
+
+class TooFewVotes(Exception):
+    """Nothing can be learnt from these votes."""
+
+
+class Refused(Exception):
+    """The gate refused the policy, or there was nothing to show it."""
+
+
+class Watch(Protocol):
+    """Who wants to know how it goes."""
+
+    metrics: dict[str, Any]
+    """All that has been noted, by name."""
+
+    def enter(self, stage: str) -> None:
+        """A stage begins."""
+
+    def note(self, **metrics: Any) -> None:
+        """Something was measured."""
+
+    def say(self, line: str) -> None:
+        """One line for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a policy is learnt. One default for every model, taste and seed."""
+
+    policy: ppo.PPOSettings = field(default_factory=ppo.PPOSettings)
+    reward: reward_model.RewardSettings = field(default_factory=reward_model.RewardSettings)
+    served_min_p: float = 0.02
+    """How replies are sampled for users; the gate looks at such."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A policy that passed the gate; its weights are in the roles that were trained."""
+
+    kept: ppo.Iteration
+    ensemble: Head
+    judge: Head
+    probes: list[Rollout]
+    """A few of its own replies."""
+
+
+def learn(
+    roles: Roles,
+    pairs: Sequence[Pair],
+    guards: Sequence[Guard],
+    recipe: Recipe,
+    seed: int,
+    checkpoints: Path,
+    watch: Watch,
+) -> Learned:
+    """Trains the policy in `roles`, which begins as the live one. Raises TooFewVotes, Refused, ppo.NonFinite."""
+    decided = sum(pair.label != 0.5 for pair in pairs)
+    if decided < MIN_PAIRS:
+        raise TooFewVotes(f"{decided} votes prefer one reply, and {MIN_PAIRS} are needed.")
+
+    watch.enter("reward_model")
+    train, held_out = reward_model.split(pairs, recipe.reward.held_out, seed)
+    if not _any_decided(train) or not _any_decided(held_out):
+        prompts_voted = len({pair.group for pair in pairs})
+        raise TooFewVotes(
+            f"The votes are on {prompts_voted} prompts: too few to hold some out and learn from the rest."
+        )
+    sampler = Sampler(roles.end_ids, recipe.policy.max_tokens)
+    own = anchor_features(roles, sampler, pairs, seed)
+    ensemble = reward_model.fit(roles, train, own, recipe.reward.members, seed)
+    judge = reward_model.fit(roles, held_out, own, 1, seed)
+    watch.note(
+        reward_model={
+            "accuracy": asdict(reward_model.measure_accuracy(roles, ensemble, held_out)),
+            "judge_accuracy": asdict(reward_model.measure_accuracy(roles, judge, train)),
+            "train_pairs": len(train),
+            "held_out_pairs": len(held_out),
+        }
+    )
+
+    watch.enter("ppo")
+    served = replace(sampler, min_p=recipe.served_min_p)  # the gate sees what users would see
+    live = gate.draw_sample(roles, judge, served, held_out, guards, seed)
+    prompts = [pair.prompt for pair in pairs]
+    training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed)
+    outcome = ppo.train(training, checkpoints, lambda iteration: _show(watch, iteration, recipe.policy))
+    watch.note(ppo=watch.metrics["ppo"] | {"kept": outcome.kept, "why": outcome.why})
+
+    watch.enter("gate")
+    verdict = None
+    # The kept checkpoint, or an earlier one with less KL, whichever passes first.
+    for number in dict.fromkeys((outcome.kept, outcome.kept * 2 // 3, outcome.kept // 3)):
+        if number == 0:
+            continue  # the weights that it began with
+        state = torch.load(ppo.checkpoint_path(checkpoints, number), weights_only=True)
+        roles.load_policy_state(state)
+        finite = all(bool(weights.isfinite().all()) for weights in state.values())
+        candidate = gate.draw_sample(roles, judge, served, held_out, guards, seed)
+        kept = outcome.iterations[number]
+        verdict = gate.decide(candidate, live, kept.kl, recipe.policy.kl_budget, finite)
+        watch.note(gate=verdict.as_dict() | {"iteration": number})
+        if verdict.passed:
+            return Learned(kept, ensemble, judge, _sample_probes(roles, sampler, prompts, seed))
+    reason = verdict.reason if verdict else "the judge liked none of its policies better than live"
+    raise Refused(f"The gate refused it: {reason}.")
+
+
+def _any_decided(pairs: Sequence[Pair]) -> bool:
+    return any(pair.label != 0.5 for pair in pairs)
+
+
+def anchor_features(roles: Roles, sampler: Sampler, pairs: Sequence[Pair], seed: int) -> Tensor:
+    """[256, F] of replies by the anchor, which every score is scaled to."""
+    generator = torch.Generator(device=roles.device).manual_seed(seed)
+    prompts = [pairs[index % len(pairs)].prompt for index in range(256)]
+    with roles.acting_as(REFERENCE):
+        rollouts = sampler.sample(roles.model, prompts, generator)
+    return reward_model.read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
+
+
+def _sample_probes(roles: Roles, sampler: Sampler, prompts: list[list[int]], seed: int) -> list[Rollout]:
+    generator = torch.Generator(device=roles.device).manual_seed(seed)
+    with roles.acting_as(POLICY):
+        return sampler.sample(roles.model, prompts[:16], generator)
+
+
+def _show(watch: Watch, iteration: ppo.Iteration, settings: ppo.PPOSettings) -> None:
+    watch.say(
+        f"iteration {iteration.number + 1}/{settings.iterations}  score {iteration.score:+.2f}  "
+        f"judge {iteration.judge:+.2f}±{iteration.judge_error:.2f}  KL {iteration.kl:.2f}  "
+        f"length {iteration.length:.1f}  ended {iteration.ended:.0%}"
+    )
+    before = watch.metrics.get("ppo", {}).get("iterations", [])[: iteration.number]
+    iterations = [*before, asdict(iteration)]
+    progress = {"stage": "ppo", "done": iteration.number + 1, "total": settings.iterations}
+    watch.note(ppo={"iterations": iterations}, progress=progress)
