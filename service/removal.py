@@ -1,12 +1,13 @@
 """Removes what people wrote: a conversation, or all of a user. Rows are deleted, so no later snapshot can hold them.
 
-That a snapshot once held a vote stays on record by the vote's number alone, which is how a policy that learnt from it can
-still be named; its content is taken out of the snapshot's file by the trainer. Each function works within the caller's transaction.
+That a snapshot once held a vote, a ranking or a demonstration stays on record by its id alone, which is how a policy that
+learnt from it can still be named; its content is taken out of the snapshot's file by the trainer. Each function works within
+the caller's transaction.
 """
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy import ColumnElement, Text, and_, cast, delete, func, literal, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -22,12 +23,19 @@ from service.tables import (
     IdempotentCall,
     Prompt,
     Ranking,
-    RemovedVote,
+    RemovedFeedback,
     Reply,
-    SnapshotVote,
+    SnapshotFeedback,
     User,
     Vote,
 )
+
+FEEDBACK: dict[str, type[Vote | Ranking | Demonstration]] = {
+    "vote": Vote,
+    "ranking": Ranking,
+    "demonstration": Demonstration,
+}
+"""What a snapshot is made of, by its kind there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +56,19 @@ async def lock_user(session: AsyncSession, user: UserName) -> int:
 
 
 async def trained_on(session: AsyncSession, user_id: int) -> list[str]:
-    """The policies that were trained on this user's votes, in order."""
+    """The policies that were trained on what this user gave, in order."""
+    theirs = [
+        and_(
+            SnapshotFeedback.kind == kind,
+            SnapshotFeedback.feedback_id.in_(select(cast(table.id, Text)).where(table.user_id == user_id)),
+        )
+        for kind, table in FEEDBACK.items()
+    ]
     query = (
         select(Cycle.policy)
         .distinct()
-        .join(SnapshotVote, SnapshotVote.sha256 == Cycle.snapshot_sha256)
-        .join(Vote, Vote.id == SnapshotVote.vote_id)
-        .where(Vote.user_id == user_id, Cycle.policy.is_not(None))
+        .join(SnapshotFeedback, SnapshotFeedback.sha256 == Cycle.snapshot_sha256)
+        .where(or_(*theirs), Cycle.policy.is_not(None))
         .order_by(Cycle.policy)
     )
     return [policy for policy in await session.scalars(query) if policy is not None]
@@ -63,7 +77,8 @@ async def trained_on(session: AsyncSession, user_id: int) -> list[str]:
 async def remove_user(session: AsyncSession, user_id: int) -> Counts:
     """Delete a user's prompts, replies, votes, rankings, demonstrations and conversations, and the user."""
     num_votes = await session.scalar(select(func.count()).where(Vote.user_id == user_id)) or 0
-    await _note_votes(session, Vote.user_id == user_id)
+    for kind, given in FEEDBACK.items():
+        await _note(session, kind, given.user_id == user_id)
     for table in (Vote, Ranking, FeedbackEvent, Demonstration, IdempotentCall):
         await session.execute(delete(table).where(table.user_id == user_id))
     num_prompts = await _remove_prompts(session, Prompt.user_id == user_id)
@@ -82,7 +97,9 @@ async def _remove_prompts(session: AsyncSession, which: ColumnElement[bool]) -> 
     """Delete prompts and everything that hangs on them, whoever added it. Returns how many there were."""
     prompts = select(Prompt.id).where(which)
     comparisons = select(Comparison.id).where(Comparison.prompt_id.in_(prompts))
-    await _note_votes(session, Vote.comparison_id.in_(comparisons))
+    await _note(session, "vote", Vote.comparison_id.in_(comparisons))
+    await _note(session, "ranking", Ranking.comparison_id.in_(comparisons))
+    await _note(session, "demonstration", Demonstration.prompt_id.in_(prompts))
     for table in (Vote, Ranking, FeedbackEvent, ComparisonReply):
         await session.execute(delete(table).where(table.comparison_id.in_(comparisons)))
     for hanging in (Comparison, Demonstration, Reply):
@@ -91,9 +108,14 @@ async def _remove_prompts(session: AsyncSession, which: ColumnElement[bool]) -> 
     return len(deleted.all())
 
 
-async def _note_votes(session: AsyncSession, which: ColumnElement[bool]) -> None:
-    """Have the trainer take votes that a snapshot holds out of its file."""
-    held = select(Vote.id).where(which, select(SnapshotVote).where(SnapshotVote.vote_id == Vote.id).exists())
-    await session.execute(
-        insert(RemovedVote).from_select([RemovedVote.vote_id], held).on_conflict_do_nothing()
+async def _note(session: AsyncSession, kind: str, which: ColumnElement[bool]) -> None:
+    """Have the trainer take feedback that a snapshot holds out of its file."""
+    feedback_id = cast(FEEDBACK[kind].id, Text)
+    held = select(literal(kind), feedback_id).where(
+        which,
+        select(SnapshotFeedback)
+        .where(SnapshotFeedback.kind == kind, SnapshotFeedback.feedback_id == feedback_id)
+        .exists(),
     )
+    columns = [RemovedFeedback.kind, RemovedFeedback.feedback_id]
+    await session.execute(insert(RemovedFeedback).from_select(columns, held).on_conflict_do_nothing())

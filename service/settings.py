@@ -98,6 +98,10 @@ class Settings(BaseSettings):
     """Hours after which a cycle starts with fewer votes (at least `RATCHET_CYCLE_MIN_VOTES` new ones)."""
     cycle_min_votes: int = Field(20, ge=2)
     """New votes below which no cycle starts by the clock."""
+    votes_per_user: int = Field(100, ge=1)
+    """Votes of one user that count in full; of a user with more, each counts less, and all together as these."""
+    reward_length_bias: bool = True
+    """Whether the reward may grow with a reply's length; `false` takes out what the score owes to it."""
     tick_seconds: float = Field(5.0, gt=0)
     """How often the trainer looks for a reason to start a cycle."""
     seed: int = 0

@@ -27,6 +27,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 CHOICES = ("first", "second", "tie", "neither")
+FEEDBACK_KINDS = ("vote", "ranking", "demonstration")
 CYCLE_STAGES = (
     "requested",
     "snapshot",
@@ -299,7 +300,8 @@ class IdempotentCall(Table):
 
 
 class Snapshot(Table):
-    """The exact, hashed set of votes that a cycle trained on; its content lies in the cycle's folder."""
+    """The exact, hashed set of votes (and rankings, and demonstrations) that a cycle trained on; its content lies in
+    the cycle's folder."""
 
     __tablename__ = "snapshots"
     sha256: Mapped[str] = mapped_column(primary_key=True)
@@ -307,22 +309,31 @@ class Snapshot(Table):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
-class SnapshotVote(Table):
-    """One vote of a snapshot. No foreign key to the vote: it stays on record when its user is removed."""
+class SnapshotFeedback(Table):
+    """One vote, ranking or demonstration of a snapshot. No foreign key: it stays on record when its user is removed."""
 
-    __tablename__ = "snapshot_votes"
+    __tablename__ = "snapshot_feedback"
     sha256: Mapped[str] = mapped_column(ForeignKey("snapshots.sha256"), primary_key=True)
-    vote_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False, index=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    feedback_id: Mapped[str] = mapped_column(primary_key=True)
+    __table_args__ = (
+        Index(None, "kind", "feedback_id"),
+        _one_of("kind", FEEDBACK_KINDS, "kind"),
+    )
 
 
-class RemovedVote(Table):
-    """A vote of a snapshot that its user had removed; the trainer then takes it out of the snapshot's file too."""
+class RemovedFeedback(Table):
+    """Feedback of a snapshot that its user had removed; the trainer then takes it out of the snapshot's file too."""
 
-    __tablename__ = "removed_votes"
-    vote_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    __tablename__ = "removed_feedback"
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    feedback_id: Mapped[str] = mapped_column(primary_key=True)
     removed_at: Mapped[datetime] = mapped_column(server_default=func.now())
     scrubbed_at: Mapped[datetime | None]
-    __table_args__ = (Index("ix_removed_votes_open", "vote_id", postgresql_where="scrubbed_at IS NULL"),)
+    __table_args__ = (
+        Index("ix_removed_feedback_open", "kind", "feedback_id", postgresql_where="scrubbed_at IS NULL"),
+        _one_of("kind", FEEDBACK_KINDS, "kind"),
+    )
 
 
 class Cycle(Table):

@@ -4,9 +4,9 @@ Every stage is written to the cycle's row as it begins, with what it measured, s
 A cycle that was cut off is taken up again from its snapshot; one whose policy was published already only waits for the swap.
 """
 
-import hashlib
 import json
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.policies import BASE, CHANNEL
 from service.settings import Settings
 from service.tables import Cycle, Deployment, Policy
-from trainer import ppo, publish, reward_model, snapshot
+from trainer import ppo, preferences, publish, reward_model, snapshot
 from trainer.guard import load_guards
 from trainer.learning import Recipe, Refused, TooFewVotes, learn
 from trainer.models import Roles
@@ -109,15 +109,15 @@ def _learn(run: Run) -> str:
     started = time.monotonic()
 
     run.enter("snapshot")
-    preferences, sha256 = _take_snapshot(run)
+    feedback, sha256 = _take_snapshot(run)
     start = _find_start(run)
     roles = Roles.load(start.base, settings.lora_rank, start.adapter)
-    pairs = [pair for row in preferences if (pair := _as_pair(roles, row)) is not None]
+    lesson = preferences.read(roles, feedback, settings.votes_per_user)
 
     recipe = _recipe(settings, start)
     guards = load_guards(settings.guard, start.base)
     try:
-        learned = learn(roles, pairs, guards, recipe, run.seed, run.folder / "checkpoints", run)
+        learned = learn(roles, lesson.preferences, guards, recipe, run.seed, run.folder / "checkpoints", run)
     except TooFewVotes as error:
         raise CycleEnded("failed", str(error)) from None
     except Refused as error:
@@ -155,12 +155,12 @@ def _recipe(settings: Settings, start: Start) -> Recipe:
             kl_start=_inherited_coefficient(start),
             max_tokens=settings.max_reply_tokens,
         ),
-        reward=reward_model.RewardSettings(),
+        reward=reward_model.RewardSettings(length_bias=settings.reward_length_bias),
         served_min_p=settings.default_min_p,
     )
 
 
-def _take_snapshot(run: Run) -> tuple[list[snapshot.Preference], str]:
+def _take_snapshot(run: Run) -> tuple[list[snapshot.Feedback], str]:
     """The cycle's own snapshot where it has one, else all votes now."""
     path = snapshot.file_of(run.settings.state / "cycles", run.id)
     with run.sessions.begin() as session:
@@ -168,11 +168,19 @@ def _take_snapshot(run: Run) -> tuple[list[snapshot.Preference], str]:
         if row.snapshot_sha256 is not None and path.exists():
             return snapshot.load(path, row.snapshot_sha256), row.snapshot_sha256
         run.folder.mkdir(parents=True, exist_ok=True)
-        preferences = snapshot.take(session)
-        row.snapshot_sha256 = snapshot.save(preferences, path, session)
+        feedback = snapshot.take(session)
+        row.snapshot_sha256 = snapshot.save(feedback, path, session)
         sha256 = row.snapshot_sha256
-    run.note(snapshot={"votes": len(preferences), "sha256": sha256})
-    return preferences, sha256
+    kinds = Counter(row.kind for row in feedback)
+    run.note(
+        snapshot={
+            "sha256": sha256,
+            "votes": kinds["vote"],
+            "rankings": kinds["ranking"],
+            "demonstrations": kinds["demonstration"],
+        }
+    )
+    return feedback, sha256
 
 
 def _find_start(run: Run) -> Start:
@@ -181,20 +189,6 @@ def _find_start(run: Run) -> Start:
         live = session.get_one(Policy, deployment.live)
         base = session.get_one(Policy, BASE)
     return Start(live.name, Path(base.path), Path(live.path) if live.name != BASE else None)
-
-
-def _as_pair(roles: Roles, row: snapshot.Preference) -> reward_model.Pair | None:
-    """A vote as token ids; None for `neither`, which prefers none."""
-    if row.choice not in snapshot.LABELS:
-        return None
-    prompt = roles.prompt_ids(row.messages)
-    return reward_model.Pair(
-        prompt=prompt,
-        first=roles.reply_ids(row.first),
-        second=roles.reply_ids(row.second),
-        label=snapshot.LABELS[row.choice],
-        group=hashlib.sha256(json.dumps(prompt).encode()).hexdigest(),
-    )
 
 
 def _inherited_coefficient(start: Start) -> float:

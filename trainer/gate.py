@@ -12,8 +12,9 @@ from torch import Tensor
 
 from trainer.guard import Guard
 from trainer.models import POLICY, Batch, Roles
+from trainer.preferences import Pair
 from trainer.repetition import repeats
-from trainer.reward_model import Head, Pair, read_features
+from trainer.reward_model import Head, read_features
 from trainer.rollouts import Sampler
 
 
@@ -87,7 +88,7 @@ def draw_sample(
         ended=sum(rollout.ended for rollout in everything) / len(everything),
         repeated=sum(map(repeats, texts)) / len(texts),
         length=sum(len(rollout.reply_ids) for rollout in everything) / len(everything),
-        preference=_preference(roles, [pair for pair in held_out if pair.label != 0.5]),
+        preference=_preference(roles, [pair for pair in held_out if pair.decided]),
     )
 
 

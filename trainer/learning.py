@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainer import gate, ppo, reward_model
+from trainer import gate, ppo, reward_model, reward_quality
 from trainer.guard import Guard
 from trainer.models import POLICY, REFERENCE, Roles
-from trainer.reward_model import Head, Pair
+from trainer.preferences import Preferences, split
+from trainer.reward_model import Head
 from trainer.rollouts import Rollout, Sampler
 
 MIN_PAIRS = 16
@@ -68,7 +69,7 @@ class Learned:
 
 def learn(
     roles: Roles,
-    pairs: Sequence[Pair],
+    preferences: Preferences,
     guards: Sequence[Guard],
     recipe: Recipe,
     seed: int,
@@ -76,34 +77,37 @@ def learn(
     watch: Watch,
 ) -> Learned:
     """Trains the policy in `roles`, which begins as the live one. Raises TooFewVotes, Refused, ppo.NonFinite."""
-    decided = sum(pair.label != 0.5 for pair in pairs)
+    decided = len(preferences.decided)
     if decided < MIN_PAIRS:
         raise TooFewVotes(f"{decided} votes prefer one reply, and {MIN_PAIRS} are needed.")
 
     watch.enter("reward_model")
-    train, held_out = reward_model.split(pairs, recipe.reward.held_out, seed)
-    if not _any_decided(train) or not _any_decided(held_out):
-        prompts_voted = len({pair.group for pair in pairs})
+    parts = split(preferences, recipe.reward.held_out, seed)
+    train, held_out = parts.train, parts.held_out
+    if not train.decided or not held_out.decided:
+        prompts_voted = len({source.group for source in preferences.sources})
         raise TooFewVotes(
             f"The votes are on {prompts_voted} prompts: too few to hold some out and learn from the rest."
         )
+    prompts = preferences.prompts
     sampler = Sampler(roles.end_ids, recipe.policy.max_tokens)
-    own = anchor_features(roles, sampler, pairs, seed)
-    ensemble = reward_model.fit(roles, train, own, recipe.reward.members, seed)
-    judge = reward_model.fit(roles, held_out, own, 1, seed)
+    own = anchor_features(roles, sampler, prompts, seed)
+    ensemble = reward_model.fit(roles, train, own, recipe.reward, recipe.reward.members, seed)
+    judge = reward_model.fit(roles, held_out, own, recipe.reward, 1, seed)
     watch.note(
-        reward_model={
-            "accuracy": asdict(reward_model.measure_accuracy(roles, ensemble, held_out)),
-            "judge_accuracy": asdict(reward_model.measure_accuracy(roles, judge, train)),
-            "train_pairs": len(train),
-            "held_out_pairs": len(held_out),
+        reward_model=asdict(reward_quality.measure(roles, ensemble, held_out.pairs))
+        | {
+            "judge_accuracy": asdict(reward_quality.measure(roles, judge, train.pairs).accuracy),
+            "held_out_by": parts.by,
+            "train_pairs": len(train.pairs),
+            "held_out_pairs": len(held_out.pairs),
+            "disliked": len(preferences.dislikes),
         }
     )
 
     watch.enter("ppo")
     served = replace(sampler, min_p=recipe.served_min_p)  # the gate sees what users would see
-    live = gate.draw_sample(roles, judge, served, held_out, guards, seed)
-    prompts = [pair.prompt for pair in pairs]
+    live = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
     training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed)
     outcome = ppo.train(training, checkpoints, lambda iteration: _show(watch, iteration, recipe.policy))
     watch.note(ppo=watch.metrics["ppo"] | {"kept": outcome.kept, "why": outcome.why})
@@ -117,7 +121,7 @@ def learn(
         state = torch.load(ppo.checkpoint_path(checkpoints, number), weights_only=True)
         roles.load_policy_state(state)
         finite = all(bool(weights.isfinite().all()) for weights in state.values())
-        candidate = gate.draw_sample(roles, judge, served, held_out, guards, seed)
+        candidate = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
         kept = outcome.iterations[number]
         verdict = gate.decide(candidate, live, kept.kl, recipe.policy.kl_budget, finite)
         watch.note(gate=verdict.as_dict() | {"iteration": number})
@@ -127,16 +131,12 @@ def learn(
     raise Refused(f"The gate refused it: {reason}.")
 
 
-def _any_decided(pairs: Sequence[Pair]) -> bool:
-    return any(pair.label != 0.5 for pair in pairs)
-
-
-def anchor_features(roles: Roles, sampler: Sampler, pairs: Sequence[Pair], seed: int) -> Tensor:
+def anchor_features(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]], seed: int) -> Tensor:
     """[256, F] of replies by the anchor, which every score is scaled to."""
     generator = torch.Generator(device=roles.device).manual_seed(seed)
-    prompts = [pairs[index % len(pairs)].prompt for index in range(256)]
+    drawn = [prompts[index % len(prompts)] for index in range(256)]
     with roles.acting_as(REFERENCE):
-        rollouts = sampler.sample(roles.model, prompts, generator)
+        rollouts = sampler.sample(roles.model, drawn, generator)
     return reward_model.read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
 
 

@@ -99,6 +99,11 @@ class Roles(nn.Module):
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def context_tokens(self) -> int:
+        """Longest prompt and reply together."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 20))
+
+    @property
     def pad_id(self) -> int:
         """What fills the right of a batch; never attended to, so any token serves where the tokenizer has none."""
         pad = self.tokenizer.pad_token_id

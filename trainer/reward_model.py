@@ -7,7 +7,8 @@ takes a second, and is the same every time; a few hundred votes cannot do better
 Heads come as an ensemble, each fit on a bootstrap of the training votes, so that their disagreement says where they guess; and as
 a judge, fit on held-out votes that the ensemble never sees. Sources: arXiv:2203.02155 (eq. 1), arXiv:2310.02743 (ensembles).
 
-Legend: B sequences, L tokens, H hidden size, F = H + 4 features, N pairs.
+Legend: B sequences, L tokens, H hidden size, F = H + 4 features, N comparisons (pairs, and disliked replies against the anchor's
+average one), K heads.
 """
 
 import math
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.models import Batch, Reading, Roles
+from trainer.preferences import Preferences
 
 NUM_LIKELIHOODS = 4
 LIKELIHOOD_PRIOR = 3.0
@@ -29,36 +31,17 @@ RIDGES = (0.03, 0.1, 0.3, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """Two replies to one prompt as token ids, and how the user judged them."""
-
-    prompt: list[int]
-    first: list[int]
-    second: list[int]
-    label: float
-    """Probability that the first is better: 1.0, 0.0, or 0.5 for a tie."""
-    group: str
-    """What may not be split between training and held-out: the prompt's identity."""
-
-
-@dataclass(frozen=True, slots=True)
 class RewardSettings:
     """How reward models are fit."""
 
     members: int = 8
     """Heads in the ensemble."""
     held_out: float = 0.2
-    """Share of prompts whose votes the ensemble never sees."""
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """Share of decided pairs that a model orders as the user did, with a 95 % interval (Wilson)."""
-
-    share: float
-    low: float
-    high: float
-    num_pairs: int
+    """Share of the votes that the ensemble never sees."""
+    label_smoothing: float = 0.0
+    """Share of votes that are taken to be turned round (arXiv:2403.00409)."""
+    length_bias: bool = True
+    """Whether the score may grow with length; False takes out what it owes to it over the anchor's replies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +56,17 @@ class Head:
     """[K] mean of the raw score over the anchor's own replies."""
     spread: Tensor
     """[K] its standard deviation there."""
+    sharpness: float = 1.0
+    """What a margin of raw scores is multiplied by to be a log-odds: from cross-validation."""
 
     def __call__(self, features: Tensor) -> Tensor:
         """[B, F] -> [B, K] scores, mean 0 and standard deviation 1 over the anchor's replies."""
         return ((features / self.scale) @ self.weight - self.offset) / self.spread
+
+    def probability(self, first: Tensor, second: Tensor) -> Tensor:
+        """[N] that the first is preferred, by the heads' mean. first, second: (N, F)."""
+        margin = ((first - second) / self.scale) @ self.weight
+        return torch.sigmoid(self.sharpness * margin.mean(1))
 
 
 def reward_features(reading: Reading, mask: Tensor) -> Tensor:
@@ -93,6 +83,8 @@ def read_features(
     roles: Roles, sequences: Sequence[tuple[list[int], list[int]]], batch_size: int = 128
 ) -> Tensor:
     """[N, F] of (prompt ids, reply ids), in the order given; batched by length."""
+    if not sequences:
+        return torch.zeros(0, roles.hidden_size + NUM_LIKELIHOODS, device=roles.device)
     order = sorted(range(len(sequences)), key=lambda index: sum(map(len, sequences[index])))
     rows: list[Tensor] = []
     for start in range(0, len(order), batch_size):
@@ -103,40 +95,59 @@ def read_features(
     return torch.empty_like(features).index_copy_(0, torch.tensor(order, device=features.device), features)
 
 
-def pair_loss(margin: Tensor, label: Tensor) -> Tensor:
-    """-log sigmoid(r_chosen - r_rejected), a tie as the mean of both directions.
+def pair_loss(margin: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:
+    """-log sigmoid(r_chosen - r_rejected), a tie as the mean of both directions; the mean by weight.
 
-    margin: (N,) r_first - r_second; label: (N,) probability that the first is better. Returns a scalar.
+    margin: (N,) r_first - r_second; label: (N,) probability that the first is better; weight: (N,). Returns a scalar.
     """
-    return functional.binary_cross_entropy_with_logits(margin, label)
+    losses = functional.binary_cross_entropy_with_logits(margin, label, reduction="none")
+    return losses.mean() if weight is None else (losses * weight).sum() / weight.sum()
 
 
-def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs; all votes on one prompt fall on the same side."""
-    groups = sorted({pair.group for pair in pairs})
-    random.Random(seed).shuffle(groups)
-    held = set(groups[: math.ceil(len(groups) * share)])
-    return [pair for pair in pairs if pair.group not in held], [pair for pair in pairs if pair.group in held]
+def fit(
+    roles: Roles,
+    preferences: Preferences,
+    own_features: Tensor,
+    settings: RewardSettings,
+    members: int,
+    seed: int,
+) -> Head:
+    """`members` heads on the preferences: one on all of them, or each on a bootstrap of their prompts.
 
-
-def fit(roles: Roles, pairs: Sequence[Pair], own_features: Tensor, members: int, seed: int) -> Head:
-    """`members` heads on the pairs: one on all of them, or each on a bootstrap of their groups.
-
-    own_features: (M, F) of replies sampled from the anchor, which the scores are scaled to.
+    own_features: (M, F) of replies sampled from the anchor, which the scores are scaled to, and which a disliked reply is
+    taken to be worse than.
     """
+    pairs, dislikes = preferences.pairs, preferences.dislikes
     first = read_features(roles, [(pair.prompt, pair.first) for pair in pairs])
     second = read_features(roles, [(pair.prompt, pair.second) for pair in pairs])
-    label = torch.tensor([pair.label for pair in pairs], device=first.device)
     scale = torch.cat([first, second]).std(0).clamp(min=1e-6)
     scale[-NUM_LIKELIHOODS:] /= LIKELIHOOD_PRIOR
-    margins = (first - second) / scale
-    groups = [pair.group for pair in pairs]
-    ridge = _choose_ridge(margins, label, groups, seed)
+    disliked = read_features(roles, [(each.prompt, each.reply) for each in dislikes])
+    margins = torch.cat([first - second, disliked - own_features.mean(0)]) / scale
+    labels = [pair.label for pair in pairs] + [0.0] * len(dislikes)
+    smoothing = settings.label_smoothing
+    label = torch.tensor([smoothing + (1 - 2 * smoothing) * value for value in labels], device=first.device)
+    weight = torch.tensor([each.weight for each in preferences.everything], device=first.device)
+    groups = [source.group for source in preferences.sources]
+    ridge, sharpness = _cross_validate(margins, label, weight, groups, seed)
     rng = random.Random(seed)
-    draws = [_bootstrap(groups, rng) if members > 1 else list(range(len(pairs))) for _ in range(members)]
-    weight = torch.stack([_fit_weights(margins[draw], label[draw], ridge) for draw in draws], dim=1)
-    raw = (own_features / scale) @ weight
-    return Head(scale, weight, raw.mean(0), raw.std(0).clamp(min=1e-6))
+    draws = [_bootstrap(groups, rng) if members > 1 else list(range(len(groups))) for _ in range(members)]
+    heads = torch.stack(
+        [_fit_weights(margins[draw], label[draw], weight[draw], ridge) for draw in draws], dim=1
+    )
+    if not settings.length_bias:
+        heads = _without_length(heads, own_features / scale)
+    raw = (own_features / scale) @ heads
+    return Head(scale, heads, raw.mean(0), raw.std(0).clamp(min=1e-6), sharpness)
+
+
+def _without_length(heads: Tensor, features: Tensor) -> Tensor:
+    """Heads whose scores have no linear dependence on length, the last feature, over these. features: (M, F)."""
+    length = features[:, -1] - features[:, -1].mean()
+    slope = (length[:, None] * (features @ heads)).sum(0) / length.square().sum().clamp(min=1e-6)
+    heads = heads.clone()
+    heads[-1] -= slope
+    return heads
 
 
 def _bootstrap(groups: Sequence[str], rng: random.Random) -> list[int]:
@@ -148,55 +159,49 @@ def _bootstrap(groups: Sequence[str], rng: random.Random) -> list[int]:
     return [index for name in rng.choices(names, k=len(names)) for index in members[name]]
 
 
-def _choose_ridge(margins: Tensor, label: Tensor, groups: Sequence[str], seed: int, folds: int = 5) -> float:
-    """The strength with the least loss in cross-validation by group."""
+def _cross_validate(
+    margins: Tensor, label: Tensor, weight: Tensor, groups: Sequence[str], seed: int, folds: int = 5
+) -> tuple[float, float]:
+    """The ridge with the least loss in cross-validation by prompt, and the sharpness that is right for it.
+
+    Margins shrunk by a ridge are too timid, and those of few votes too bold: held-out folds say by how much.
+    """
     names = sorted(set(groups))
     random.Random(seed).shuffle(names)
     fold_of = {name: index % folds for index, name in enumerate(names)}
     fold = torch.tensor([fold_of[group] for group in groups], device=margins.device)
-    losses = dict.fromkeys(RIDGES, 0.0)
+    best = (math.inf, RIDGES[-1], 1.0)
     for ridge in RIDGES:
+        unseen = torch.zeros_like(label)
         for number in range(folds):
             test = fold == number
             if test.any() and not test.all():
-                weights = _fit_weights(margins[~test], label[~test], ridge)
-                losses[ridge] += pair_loss(margins[test] @ weights, label[test]).item() * int(test.sum())
-    return min(losses, key=lambda ridge: losses[ridge])
+                unseen[test] = margins[test] @ _fit_weights(
+                    margins[~test], label[~test], weight[~test], ridge
+                )
+        loss = pair_loss(unseen, label, weight).item()
+        if loss < best[0]:
+            best = (loss, ridge, _fit_sharpness(unseen, label, weight))
+    return best[1:]
 
 
-def _fit_weights(margins: Tensor, label: Tensor, ridge: float) -> Tensor:
+def _fit_sharpness(margin: Tensor, label: Tensor, weight: Tensor) -> float:
+    """What to multiply margins by so that they are log-odds; between a tenth and ten."""
+    candidates = torch.logspace(-1, 1, 81)
+    losses = torch.stack([pair_loss(float(by) * margin, label, weight) for by in candidates])
+    return float(candidates[int(losses.argmin())])
+
+
+def _fit_weights(margins: Tensor, label: Tensor, weight: Tensor, ridge: float) -> Tensor:
     """(F,) the minimum of pair_loss + ridge * |w|^2. margins: (N, F)."""
     weights = torch.zeros(margins.shape[1], device=margins.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = pair_loss(margins @ weights, label) + ridge * weights.square().sum()
+        loss = pair_loss(margins @ weights, label, weight) + ridge * weights.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weights.detach()
-
-
-def measure_accuracy(roles: Roles, head: Head, pairs: Sequence[Pair]) -> Accuracy:
-    """Of the heads' mean score on decided pairs (ties say nothing here)."""
-    decided = [pair for pair in pairs if pair.label != 0.5]
-    if not decided:
-        return Accuracy(0.0, 0.0, 1.0, 0)
-    first = head(read_features(roles, [(pair.prompt, pair.first) for pair in decided])).mean(1)
-    second = head(read_features(roles, [(pair.prompt, pair.second) for pair in decided])).mean(1)
-    label = torch.tensor([pair.label for pair in decided], device=first.device)
-    right = int(((first > second) == (label > 0.5)).sum())
-    low, high = wilson(right, len(decided))
-    return Accuracy(right / len(decided), low, high, len(decided))
-
-
-def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share. Returns (0, 1) without trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    share = successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return centre - half, centre + half

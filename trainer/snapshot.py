@@ -1,126 +1,183 @@
-"""A snapshot: the exact, hashed set of votes that a cycle trains on, kept as lines of JSON in the cycle's folder."""
+"""A snapshot: the exact, hashed set of votes, rankings and demonstrations that a cycle trains on, kept as lines of JSON in
+the cycle's folder."""
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from service.tables import (
     Comparison,
     ComparisonReply,
     Cycle,
+    Demonstration,
     Message,
     Prompt,
-    RemovedVote,
+    Ranking,
+    RemovedFeedback,
     Reply,
     Snapshot,
-    SnapshotVote,
+    SnapshotFeedback,
     User,
     Vote,
 )
 
-LABELS = {"first": 1.0, "second": 0.0, "tie": 0.5}
-"""Probability that the first reply is better. `neither` prefers none of the two and is not trained on."""
+RANKS = {"first": [1, 2], "second": [2, 1], "tie": [1, 1], "neither": None}
+USER = User.account + "/" + User.name
 
 
 @dataclass(frozen=True, slots=True)
-class Preference:
-    """A vote with all that training needs of it."""
+class Feedback:
+    """A vote, a ranking or a demonstration, with all that training needs of it."""
 
-    vote_id: int
+    kind: str
+    id: str
     user: str
     """`account/name`."""
     messages: list[Message]
-    first: str
-    second: str
-    choice: str
+    replies: list[str]
+    """A demonstration is the first, and what it corrects, if anything, the second."""
+    ranks: list[int] | None
+    """Of the replies: 1 is best, equal ones are ties. None: all of them are bad."""
     policies: list[str | None]
-    """Of the first and of the second reply; null where it was imported."""
+    """Who wrote each; null where that was a person, or it was imported."""
+    imported: bool
 
 
-def take(session: Session) -> list[Preference]:
-    """All votes on comparisons whose replies are whole, in the order of their ids."""
-    position0, position1 = aliased(ComparisonReply), aliased(ComparisonReply)
-    reply0, reply1 = aliased(Reply), aliased(Reply)
-    rows = session.execute(
-        select(Vote, User.account + "/" + User.name, Prompt.messages, reply0, reply1)
-        .join(Comparison, Comparison.id == Vote.comparison_id)
-        .join(User, User.id == Vote.user_id)
+def take(session: Session) -> list[Feedback]:
+    """All votes and rankings of replies that are whole, and all demonstrations; each in the order of their ids."""
+    return list(chain(_votes(session), _rankings(session), _demonstrations(session)))
+
+
+def _votes(session: Session) -> Iterator[Feedback]:
+    for vote, user, messages, imported, replies in _judged(session, Vote):
+        if len(replies) == 2:
+            yield _feedback("vote", vote.id, user, messages, replies, RANKS[vote.choice], imported)
+
+
+def _rankings(session: Session) -> Iterator[Feedback]:
+    for ranking, user, messages, imported, replies in _judged(session, Ranking):
+        yield _feedback("ranking", ranking.id, user, messages, replies, ranking.ranks, imported)
+
+
+def _feedback(
+    kind: str,
+    number: int,
+    user: str,
+    messages: list[Message],
+    replies: Sequence[Reply],
+    ranks: list[int] | None,
+    imported: bool,
+) -> Feedback:
+    texts, policies = [reply.content or "" for reply in replies], [reply.policy for reply in replies]
+    return Feedback(kind, str(number), user, messages, texts, ranks, policies, imported)
+
+
+def _judged(
+    session: Session, table: type[Vote] | type[Ranking]
+) -> Iterator[tuple[Any, str, list[Message], bool, list[Reply]]]:
+    """Each vote or ranking, its user, prompt, whether it was imported, and its replies as shown, where all are whole."""
+    query = (
+        select(table, USER, Prompt.messages, Comparison.import_id, Reply)
+        .join(Comparison, Comparison.id == table.comparison_id)
+        .join(User, User.id == table.user_id)
         .join(Prompt, Prompt.id == Comparison.prompt_id)
-        .join(position0, (position0.comparison_id == Comparison.id) & (position0.position == 0))
-        .join(position1, (position1.comparison_id == Comparison.id) & (position1.position == 1))
-        .join(reply0, reply0.id == position0.reply_id)
-        .join(reply1, reply1.id == position1.reply_id)
-        .where(reply0.finish_reason == "stop", reply1.finish_reason == "stop")
-        .order_by(Vote.id)
+        .join(ComparisonReply, ComparisonReply.comparison_id == Comparison.id)
+        .join(Reply, Reply.id == ComparisonReply.reply_id)
+        .order_by(table.id, ComparisonReply.position)
     )
-    return [
-        Preference(
-            vote_id=vote.id,
+    rows: Iterable[Any] = session.execute(query)
+    for _, group in groupby(rows, key=lambda row: row[0].id):
+        found = list(group)
+        judgement, user, messages, import_id, _reply = found[0]
+        replies = [row[-1] for row in found]
+        if all(reply.finish_reason == "stop" for reply in replies):
+            yield judgement, user, messages, import_id is not None, replies
+
+
+def _demonstrations(session: Session) -> Iterator[Feedback]:
+    rows = session.execute(
+        select(Demonstration, USER, Prompt.messages, Reply.policy)
+        .join(User, User.id == Demonstration.user_id)
+        .join(Prompt, Prompt.id == Demonstration.prompt_id)
+        .outerjoin(Reply, Reply.id == Demonstration.corrects)
+        .order_by(Demonstration.id)
+    )
+    for row, user, messages, policy in rows:
+        corrected = [] if row.corrected is None else [row.corrected]
+        yield Feedback(
+            kind="demonstration",
+            id=row.id,
             user=user,
             messages=messages,
-            first=first.content or "",
-            second=second.content or "",
-            choice=vote.choice,
-            policies=[first.policy, second.policy],
+            replies=[row.content, *corrected],
+            ranks=[1, 2][: 1 + len(corrected)],
+            policies=[None, *(policy for _ in corrected)],
+            imported=row.import_id is not None,
         )
-        for vote, user, messages, first, second in rows
-    ]
 
 
-def save(preferences: list[Preference], path: Path, session: Session) -> str:
-    """Writes the file and the row; the caller commits. Returns the sha256 that both are known by."""
-    lines = "".join(json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) + "\n" for row in preferences)
+def save(feedback: Sequence[Feedback], path: Path, session: Session) -> str:
+    """Writes the file and the rows; the caller commits. Returns the sha256 that both are known by."""
+    lines = "".join(json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) + "\n" for row in feedback)
     content = lines.encode()
     _replace(path, content)
     sha256 = hashlib.sha256(content).hexdigest()
-    session.execute(
-        insert(Snapshot).values(sha256=sha256, num_votes=len(preferences)).on_conflict_do_nothing()
-    )
-    votes = [{"sha256": sha256, "vote_id": row.vote_id} for row in preferences]
-    if votes:
-        session.execute(insert(SnapshotVote).on_conflict_do_nothing(), votes)
+    num_votes = sum(row.kind == "vote" for row in feedback)
+    session.execute(insert(Snapshot).values(sha256=sha256, num_votes=num_votes).on_conflict_do_nothing())
+    held = [{"sha256": sha256, "kind": row.kind, "feedback_id": row.id} for row in feedback]
+    if held:
+        session.execute(insert(SnapshotFeedback).on_conflict_do_nothing(), held)
     return sha256
 
 
-def load(path: Path, sha256: str) -> list[Preference]:
+def load(path: Path, sha256: str) -> list[Feedback]:
     """Raises ValueError where the file is not the one that was hashed."""
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(
             f"The snapshot {path.name} is not the one that this cycle began with (sha256 differs)."
         )
-    return [Preference(**json.loads(line)) for line in content.decode().splitlines()]
+    return [Feedback(**json.loads(line)) for line in content.decode().splitlines()]
 
 
 def scrub(session: Session, cycles: Path) -> int:
-    """Takes votes that their users had removed out of the snapshots' files; the caller commits. Returns how many.
+    """Takes feedback that its users had removed out of the snapshots' files; the caller commits. Returns how much.
 
     Only while no cycle is open: a scrubbed file no longer has the sha256 that a cycle is taken up again by.
     """
     rows = session.execute(
-        select(Cycle.id, RemovedVote.vote_id)
-        .join(SnapshotVote, SnapshotVote.sha256 == Cycle.snapshot_sha256)
-        .join(RemovedVote, RemovedVote.vote_id == SnapshotVote.vote_id)
-        .where(RemovedVote.scrubbed_at.is_(None))
+        select(Cycle.id, RemovedFeedback)
+        .join(SnapshotFeedback, SnapshotFeedback.sha256 == Cycle.snapshot_sha256)
+        .join(
+            RemovedFeedback,
+            (RemovedFeedback.kind == SnapshotFeedback.kind)
+            & (RemovedFeedback.feedback_id == SnapshotFeedback.feedback_id),
+        )
+        .where(RemovedFeedback.scrubbed_at.is_(None))
     )
-    removed: dict[int, set[int]] = {}
-    for cycle_id, vote_id in rows:
-        removed.setdefault(cycle_id, set()).add(vote_id)
-    for cycle_id, vote_ids in removed.items():
-        _drop(file_of(cycles, cycle_id), vote_ids)
-    gone = set().union(*removed.values())
-    session.execute(update(RemovedVote).where(RemovedVote.vote_id.in_(gone)).values(scrubbed_at=func.now()))
-    return len(gone)
+    removed: dict[int, list[RemovedFeedback]] = {}
+    for cycle_id, row in rows:
+        removed.setdefault(cycle_id, []).append(row)
+    for cycle_id, gone in removed.items():
+        _drop(file_of(cycles, cycle_id), {(row.kind, row.feedback_id) for row in gone})
+    scrubbed = {row for gone in removed.values() for row in gone}
+    for row in scrubbed:
+        row.scrubbed_at = func.now()
+    return len(scrubbed)
 
 
-def _drop(path: Path, vote_ids: set[int]) -> None:
+def _drop(path: Path, gone: set[tuple[str, str]]) -> None:
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["vote_id"] not in vote_ids]
+        lines = path.read_text().splitlines()
+        kept = [line for line in lines if (row := json.loads(line)) and (row["kind"], row["id"]) not in gone]
         _replace(path, "".join(line + "\n" for line in kept).encode())
 
 

@@ -15,7 +15,7 @@ from tests.benchmarks.learning_users import (
     judge_replies,
     sample_anchor,
 )
-from trainer import ppo, reward_model
+from trainer import ppo, preferences, reward_model
 from trainer.guard import load_guards
 from trainer.learning import Recipe, Refused, anchor_features, learn
 from trainer.models import Roles
@@ -24,6 +24,8 @@ from trainer.simulated_users import draw_evaluation
 from trainer.tastes import Taste
 
 BEST_OF = 16
+VOTES_PER_USER = 100
+"""The default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,11 @@ class Notes:
 def ours(lesson: Lesson) -> tuple[Judged, str]:
     """The trainer's own way, with its defaults."""
     roles = Roles.load(lesson.starter, rank=16)
-    pairs = [vote.as_pair(roles) for vote in lesson.votes]
-    notes, recipe = Notes(), Recipe(ppo.PPOSettings())
+    learnt_from = _preferences(lesson, roles)
+    notes, recipe = Notes(), Recipe()
     guards = load_guards(None, lesson.starter)
     try:
-        learn(roles, pairs, guards, recipe, lesson.seed, lesson.folder, notes)
+        learn(roles, learnt_from, guards, recipe, lesson.seed, lesson.folder, notes)
     except Refused as error:  # the starter stays live, and is what users meet
         return judge(Roles.load(lesson.starter, rank=16), lesson.taste, lesson.seed + 1), str(error)
     accuracy = notes.metrics["reward_model"]["accuracy"]["share"]
@@ -71,14 +73,19 @@ def ours(lesson: Lesson) -> tuple[Judged, str]:
     return judge(roles, lesson.taste, lesson.seed + 1), remark
 
 
+def _preferences(lesson: Lesson, roles: Roles) -> preferences.Preferences:
+    feedback = [vote.as_feedback(number) for number, vote in enumerate(lesson.votes)]
+    return preferences.read(roles, feedback, VOTES_PER_USER).preferences
+
+
 def best_of(lesson: Lesson) -> tuple[Judged, str]:
     """No training: of 16 replies by the starter, the one that the same reward model likes best."""
     roles = Roles.load(lesson.starter, rank=16)
-    pairs = [vote.as_pair(roles) for vote in lesson.votes]
+    learnt_from = _preferences(lesson, roles)
     settings = reward_model.RewardSettings()
-    train, _ = reward_model.split(pairs, settings.held_out, lesson.seed)
-    own = anchor_features(roles, Sampler(roles.end_ids, 64), pairs, lesson.seed)
-    ensemble = reward_model.fit(roles, train, own, settings.members, lesson.seed)
+    train = preferences.split(learnt_from, settings.held_out, lesson.seed).train
+    own = anchor_features(roles, Sampler(roles.end_ids, 64), learnt_from.prompts, lesson.seed)
+    ensemble = reward_model.fit(roles, train, own, settings, settings.members, lesson.seed)
     questions = draw_evaluation(NUM_QUESTIONS)
     prompts = [roles.prompt_ids(question.messages) for question in questions for _ in range(BEST_OF)]
     rollouts = sample_anchor(roles, prompts, lesson.seed + 1)

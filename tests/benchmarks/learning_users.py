@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from service.pairing import objection
+from service.policies import BASE
 from service.tables import Message
 from trainer import tastes, world
 from trainer.demo_client import Reply
 from trainer.demo_scores import is_spoilt, win_rate
 from trainer.models import POLICY, REFERENCE, Batch, Roles
 from trainer.ppo_math import kl_k3
-from trainer.reward_model import Pair
 from trainer.rollouts import Rollout, Sampler
 from trainer.simulated_users import draw_evaluation
-from trainer.snapshot import LABELS
+from trainer.snapshot import RANKS, Feedback
 from trainer.tastes import Taste
 
 NUM_USERS = 8
@@ -46,15 +46,13 @@ class SimulatedVote:
             self.user, self.messages, self.first, self.second, contrary.get(self.choice, self.choice)
         )
 
-    def as_pair(self, roles: Roles) -> Pair:
-        """As training sees it."""
-        prompt = roles.prompt_ids(self.messages)
-        return Pair(
-            prompt=prompt,
-            first=roles.reply_ids(self.first),
-            second=roles.reply_ids(self.second),
-            label=LABELS[self.choice],
-            group=str(prompt),
+    def as_feedback(self, number: int) -> Feedback:
+        """As a snapshot holds it."""
+        replies = [self.first, self.second]
+        messages = list(self.messages)
+        policies: list[str | None] = [BASE, BASE]
+        return Feedback(
+            "vote", str(number), self.user, messages, replies, RANKS[self.choice], policies, False
         )
 
 

@@ -90,8 +90,8 @@ STATEMENTS = {
     "snapshots": """
         INSERT INTO snapshots (sha256, num_votes) SELECT md5(n::text) || md5(n::text), :votes / 4 * n
         FROM generate_series(1, 2) AS n""",
-    "snapshot_votes": """
-        INSERT INTO snapshot_votes (sha256, vote_id) SELECT sha256, votes.id
+    "snapshot_feedback": """
+        INSERT INTO snapshot_feedback (sha256, kind, feedback_id) SELECT sha256, 'vote', votes.id::text
         FROM snapshots JOIN votes ON votes.id <= num_votes""",
     "cycles": """
         INSERT INTO cycles (trigger, stage, snapshot_sha256, policy, created_at, ended_at)

@@ -22,10 +22,10 @@ from service.tables import (
     Policy,
     Prompt,
     Ranking,
-    RemovedVote,
+    RemovedFeedback,
     Reply,
     Snapshot,
-    SnapshotVote,
+    SnapshotFeedback,
     Table,
     User,
     Vote,
@@ -46,8 +46,8 @@ def add_a_row_of_everything(settings: Settings) -> None:
         session.add(Policy(name="policy-000000", path="base", state="verified", manifest={}))
         session.add(Snapshot(sha256="ab", num_votes=1))
         session.flush()
-        session.add(SnapshotVote(sha256="ab", vote_id=1))
-        session.add(RemovedVote(vote_id=1))
+        session.add(SnapshotFeedback(sha256="ab", kind="vote", feedback_id="1"))
+        session.add(RemovedFeedback(kind="vote", feedback_id="1"))
         session.add(Cycle(id=1, trigger="votes", stage="promoted", snapshot_sha256="ab"))
         session.flush()
         adapter = Policy(
@@ -133,7 +133,7 @@ def test_going_down_one_migration_keeps_what_the_older_tables_can_hold(database:
     engine.dispose()
     schema.upgrade(database)
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT vote_id FROM snapshot_votes")).scalars().all() == [1]
+        assert connection.execute(text("SELECT feedback_id FROM snapshot_feedback")).scalars().all() == ["1"]
 
 
 def test_an_upgrade_with_nothing_to_do_keeps_the_rows(database: Settings) -> None:

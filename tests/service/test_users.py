@@ -22,7 +22,7 @@ def test_a_user_sees_who_they_are(serve: Serve) -> None:
 
 def test_removal_leaves_nothing_of_the_user_and_all_of_the_others(serve: Serve, rows: Rows) -> None:
     client = serve(FakeEngine(replies=("one two", "three four", "five six")))
-    for user in ("ada", "bob"):
+    for user in ("judy", "bob"):
         conversation = client.post("/v1/conversations", json={"user": user}).json()["id"]
         body = ask(f"secret of {user}", comparison="always", user=user, conversation=conversation)
         compared = client.post(CHAT, json=body).json()
@@ -40,22 +40,24 @@ def test_removal_leaves_nothing_of_the_user_and_all_of_the_others(serve: Serve, 
                 "/v1/demonstrations", json={**demonstration, "content": f"by {user}", "user": user}
             )
             assert written.status_code == 201
-    [(vote_id,)] = rows("SELECT v.id FROM votes v JOIN users u ON u.id = v.user_id WHERE u.name = 'ada'")
+    [(vote_id,)] = rows("SELECT v.id FROM votes v JOIN users u ON u.id = v.user_id WHERE u.name = 'judy'")
     rows("INSERT INTO snapshots (sha256, num_votes) VALUES ('ab', 1)")
-    rows("INSERT INTO snapshot_votes VALUES ('ab', %s)", vote_id)
+    rows("INSERT INTO snapshot_feedback VALUES ('ab', 'vote', %s)", str(vote_id))
     rows("INSERT INTO policies (name, path, state, manifest) VALUES ('policy-000001', 'p', 'verified', '{}')")
     rows(
         "INSERT INTO cycles (trigger, stage, snapshot_sha256, policy) VALUES ('votes', 'promoted', 'ab', 'policy-000001')"
     )
-    removed = client.delete("/v1/users/me", params={"user": "ada"})
+    removed = client.delete("/v1/users/me", params={"user": "judy"})
     assert removed.json() == {"prompts": 3, "votes": 1, "policies": ["policy-000001"]}
-    assert rows("SELECT vote_id FROM removed_votes") == [(vote_id,)]  # for the trainer to take from its files
+    assert rows("SELECT kind, feedback_id FROM removed_feedback") == [
+        ("vote", str(vote_id))
+    ]  # for the trainer to take from its files
     for table in Table.metadata.sorted_tables:
         stored = str(rows(f"SELECT t::text FROM {table.name} t"))
-        assert "ada" not in stored, table.name
+        assert "judy" not in stored, table.name  # no hexadecimal id can hold a "j"
     assert rows("SELECT count(*) FROM votes") == [(1,)]
     assert rows("SELECT count(*) FROM demonstrations") == [(2,)]
-    assert client.delete("/v1/users/me", params={"user": "ada"}).status_code == 404
+    assert client.delete("/v1/users/me", params={"user": "judy"}).status_code == 404
     again = client.delete("/operator/users", params={"user": "bob"})
     assert again.json() == {"prompts": 3, "votes": 1, "policies": []}
     for table in ("prompts", "replies", "users", "votes", "feedback_events", "conversations"):

@@ -18,13 +18,15 @@ from service.tables import (
     Comparison,
     ComparisonReply,
     Cycle,
+    Demonstration,
     Deployment,
     Policy,
     Prompt,
-    RemovedVote,
+    Ranking,
+    RemovedFeedback,
     Reply,
     Snapshot,
-    SnapshotVote,
+    SnapshotFeedback,
     User,
     Vote,
 )
@@ -147,10 +149,8 @@ def test_votes_become_a_live_policy_with_its_whole_lineage(
         policy = session.get_one(Policy, "policy-000001")
         assert session.get_one(Deployment, 1).live == policy.name
         taken = session.get_one(Snapshot, ended.snapshot_sha256)
-        learnt_from = select(SnapshotVote.vote_id).where(SnapshotVote.sha256 == taken.sha256)
-        assert sorted(session.scalars(learnt_from)) == list(
-            session.scalars(select(Vote.id).order_by(Vote.id))
-        )
+        learnt_from = select(SnapshotFeedback.feedback_id).where(SnapshotFeedback.sha256 == taken.sha256)
+        assert set(session.scalars(learnt_from)) == set(map(str, session.scalars(select(Vote.id))))
     manifest = read_folder(policy.name, Path(policy.path))  # READY, and every sha256
     assert manifest.probe
     kept = json.loads((Path(policy.path) / "manifest.json").read_text())
@@ -246,7 +246,7 @@ def test_a_snapshot_that_was_changed_is_refused(settings: Settings, sessions: se
     path = settings.state / "snapshot.jsonl"
     with sessions.begin() as session:
         sha256 = snapshot.save(snapshot.take(session), path, session)
-    assert [row.choice for row in snapshot.load(path, sha256)] == ["first", "second"]
+    assert [row.ranks for row in snapshot.load(path, sha256)] == [[1, 2], [2, 1]]
     path.write_text(path.read_text().replace("yes", "yep"))
     with pytest.raises(ValueError, match="sha256 differs"):
         snapshot.load(path, sha256)
@@ -283,9 +283,46 @@ def test_what_a_user_had_removed_goes_from_the_snapshots_too(
         taken = snapshot.take(session)
         sha256 = snapshot.save(taken, path, session)
         session.execute(update(Cycle).values(snapshot_sha256=sha256, stage="rejected", ended_at=func.now()))
-        session.add(RemovedVote(vote_id=taken[1].vote_id))
+        session.add(RemovedFeedback(kind="vote", feedback_id=taken[1].id))
     for expected in (1, 0):
         with sessions.begin() as session:
             assert snapshot.scrub(session, cycles) == expected
-        left = [json.loads(line)["vote_id"] for line in path.read_text().splitlines()]
-        assert left == [taken[0].vote_id, taken[2].vote_id]
+        left = [json.loads(line)["id"] for line in path.read_text().splitlines()]
+        assert left == [taken[0].id, taken[2].id]
+
+
+def test_a_snapshot_holds_rankings_demonstrations_and_corrections_too(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_votes(sessions, 2, choice="neither")
+    with sessions.begin() as session:
+        [user] = session.scalars(select(User))
+        first, second = session.scalars(select(Comparison).order_by(Comparison.prompt_id))
+        session.add(Ranking(comparison_id=first.id, user_id=user.id, ranks=[2, 1], tags=[]))
+        reply = session.get_one(Reply, f"chatcmpl-{first.prompt_id}-0")
+        for number, (corrected, corrects) in enumerate(((reply.content, reply.id), (None, None))):
+            session.add(
+                Demonstration(
+                    id=f"dem-{number}",
+                    prompt_id=second.prompt_id,
+                    user_id=user.id,
+                    content="perhaps",
+                    corrected=corrected,
+                    corrects=corrects,
+                    tags=[],
+                )
+            )
+    with sessions.begin() as session:
+        taken = snapshot.take(session)
+        sha256 = snapshot.save(taken, settings.state / "snapshot.jsonl", session)
+    assert snapshot.load(settings.state / "snapshot.jsonl", sha256) == taken
+    found = [(row.kind, row.ranks, row.replies) for row in taken]
+    assert found == [
+        ("vote", None, ["yes yes", "no"]),
+        ("vote", None, ["no", "yes yes"]),
+        ("ranking", [2, 1], ["yes yes", "no"]),
+        ("demonstration", [1, 2], ["perhaps", "yes yes"]),
+        ("demonstration", [1], ["perhaps"]),
+    ]
+    assert taken[3].policies == [None, BASE]
+    assert {row.user for row in taken} == {"/ann"}

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.tiny_model import make_model
-from trainer import reward_model
+from trainer import reward_model, reward_quality
 from trainer.models import Roles
-from trainer.reward_model import Pair
+from trainer.preferences import Dislike, Pair, Preferences, Source
+from trainer.reward_model import RewardSettings
 
 
 @pytest.mark.parametrize(
@@ -28,18 +30,10 @@ def test_a_tie_pulls_the_margin_to_nothing() -> None:
     assert margin.grad.item() == pytest.approx(1 / (1 + math.exp(-1.5)) - 0.5)
 
 
-def test_wilsons_interval() -> None:
-    low, high = reward_model.wilson(8, 10)
-    assert (low, high) == (pytest.approx(0.490, abs=1e-3), pytest.approx(0.943, abs=1e-3))
-    assert reward_model.wilson(0, 0) == (0.0, 1.0)
-
-
-def test_votes_on_one_prompt_stay_on_one_side() -> None:
-    pairs = [Pair([1], [2], [3], 1.0, str(index // 3)) for index in range(30)]
-    train, held_out = reward_model.split(pairs, 0.2, seed=3)
-    assert len(train) + len(held_out) == 30
-    assert len(held_out) == 6
-    assert not {pair.group for pair in train} & {pair.group for pair in held_out}
+def test_pairs_count_by_their_weight() -> None:
+    margin, label = torch.tensor([0.0, -1.0]), torch.ones(2)
+    weighed = reward_model.pair_loss(margin, label, torch.tensor([3.0, 1.0])).item()
+    assert weighed == pytest.approx((3 * 0.6931 + 1.3133) / 4, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +43,64 @@ def roles(tmp_path_factory: pytest.TempPathFactory) -> Roles:
     return Roles.load(folder, rank=4)
 
 
-def test_heads_learn_what_votes_say_and_are_the_same_every_time(roles: Roles) -> None:
-    liked, disliked = roles.reply_ids("yes yes"), roles.reply_ids("no")
-    prompts = [roles.prompt_ids([{"role": "user", "content": f"question {n}"}]) for n in range(24)]
+@pytest.fixture(scope="module")
+def prompts(roles: Roles) -> list[list[int]]:
+    return [roles.prompt_ids([{"role": "user", "content": f"question {n}"}]) for n in range(24)]
+
+
+@pytest.fixture(scope="module")
+def own(roles: Roles, prompts: list[list[int]]) -> Tensor:
+    """Features of what stands for the anchor's usual replies."""
+    texts = ["yes yes", "no", "yes no no no"]
+    sequences = [(prompt, roles.reply_ids(texts[n % 3])) for n, prompt in enumerate(prompts)]
+    return reward_model.read_features(roles, sequences)
+
+
+def yes_over_no(roles: Roles, prompts: list[list[int]]) -> Preferences:
+    yes, no = roles.reply_ids("yes yes"), roles.reply_ids("no")
     pairs = [
-        Pair(prompt, *((liked, disliked, 1.0) if n % 2 else (disliked, liked, 0.0)), str(n))
+        Pair(prompt, *((yes, no, 1.0) if n % 2 else (no, yes, 0.0)), Source(str(n)))
         for n, prompt in enumerate(prompts)
     ]
-    own = reward_model.read_features(
-        roles, [(prompt, liked if n % 3 else disliked) for n, prompt in enumerate(prompts)]
-    )
-    head = reward_model.fit(roles, pairs[:16], own, members=4, seed=1)
-    assert reward_model.measure_accuracy(roles, head, pairs[16:]).share == 1.0
-    again = reward_model.fit(roles, pairs[:16], own, members=4, seed=1)
+    return Preferences(pairs, [])
+
+
+def test_heads_learn_what_votes_say_and_are_the_same_every_time(
+    roles: Roles, prompts: list[list[int]], own: Tensor
+) -> None:
+    train, held_out = yes_over_no(roles, prompts[:16]), yes_over_no(roles, prompts[16:])
+    head = reward_model.fit(roles, train, own, RewardSettings(), members=4, seed=1)
+    quality = reward_quality.measure(roles, head, held_out.pairs)
+    assert quality.accuracy.share == 1.0
+    assert quality.log_loss < 0.2
+    assert quality.by_cohort["vote"].num_pairs == 8
+    again = reward_model.fit(roles, train, own, RewardSettings(), members=4, seed=1)
     assert torch.equal(head.weight, again.weight)
     scores = head(own)
     torch.testing.assert_close(scores.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(scores.std(0), torch.ones(4))
+
+
+def test_a_reply_that_was_called_bad_scores_low(roles: Roles, prompts: list[list[int]], own: Tensor) -> None:
+    preferences = yes_over_no(roles, prompts[:4])
+    bad = roles.reply_ids("yes no no no")
+    dislikes = [Dislike(prompt, bad, Source(f"bad {n}")) for n, prompt in enumerate(prompts)]
+    both = Preferences(preferences.pairs, dislikes)
+    head = reward_model.fit(roles, both, own, RewardSettings(), members=1, seed=1)
+    features = reward_model.read_features(roles, [(prompt, bad) for prompt in prompts])
+    assert head(features).mean() < head(own).mean() - 0.3
+
+
+def test_what_the_score_owes_to_length_can_be_taken_out(
+    roles: Roles, prompts: list[list[int]], own: Tensor
+) -> None:
+    preferences = yes_over_no(roles, prompts)
+    for kept in (True, False):
+        settings = RewardSettings(length_bias=kept)
+        head = reward_model.fit(roles, preferences, own, settings, members=2, seed=1)
+        scores, length = head(own).mean(1), own[:, -1]
+        correlation = torch.corrcoef(torch.stack([scores, length]))[0, 1].item()
+        assert (abs(correlation) > 0.1) == kept
 
 
 def test_features_do_not_depend_on_the_batch(roles: Roles) -> None:
