@@ -3,8 +3,10 @@
 They fit the votes that they are given, wrong ones too. So a run is cut into equal stretches; between them the policy's own
 replies are measured as PPO measures its rollouts, the held-out judge has its veto, and the KL budget is an end.
 
-DPO is the robust kind (arXiv:2305.18290 with the loss of arXiv:2403.00409, eq. 12), which expects a share of votes to be the wrong way
-round. ORPO is arXiv:2403.07691. Ties teach neither: TRL has no soft labels, and a pair in both directions would be counted twice.
+DPO (arXiv:2305.18290) is the robust kind, which expects a share of votes to be the wrong way round (rDPO, arXiv:2403.00409), with
+the likelihood of the chosen replies beside it (arXiv:2404.19733): DPO alone soon makes both replies of a pair unlikely, and
+nobody has voted for what it says instead. ORPO is arXiv:2403.07691. Ties teach neither: TRL has no soft labels, and a pair in
+both directions would be counted twice.
 
 Legend: N decided pairs.
 """
@@ -44,19 +46,22 @@ class PreferenceSettings:
 
     method: Literal["dpo", "orpo"] = "dpo"
     iterations: int = 11
-    """Policies measured: the one that it began with, and one after each of the stretches between."""
+    """Policies measured, at least 2: the one that it began with, and one after each of the stretches between."""
     epochs: int = 6
     """Passes over the votes."""
     batch: int = 32
     """Pairs in an optimiser step."""
-    learning_rate_times_width: float = 0.1
-    """Learning rate times hidden size: 5e-4 at 192, 2.4e-5 at 4096."""
+    learning_rate_times_width: float = 0.4
+    """Learning rate times hidden size: 2e-3 at 192, 1e-4 at 4096."""
     beta: float = 0.1
     """DPO: how dear it is to leave the anchor, per nat."""
     label_noise: float = 0.1
     """DPO: share of votes that are taken to be the wrong way round, below 0.5."""
-    odds_weight: float = 0.1
-    """ORPO: lambda, the weight of the odds ratio beside the likelihood of the chosen replies."""
+    likelihood_weight: float = 1.0
+    """DPO: of the mean -log-probability per token of the chosen replies, beside the preference loss."""
+    odds_weight: float = 1.0
+    """ORPO: lambda, the weight of the odds ratio beside the likelihood of the chosen replies. TRL's 0.1 is for replies picked for
+    their quality; ours are the policy's own samples, which likelihood alone teaches little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,8 @@ def _make_trainer(run: Preferences, lent: Lent, pairs: Sequence[Pair], num_steps
         dpo = lent.arguments(
             DPOConfig,
             schedule,
-            loss_type=["robust"],
+            loss_type=["robust", "sft"],
+            loss_weights=[1.0, settings.likelihood_weight],
             beta=settings.beta,
             label_smoothing=settings.label_noise,
             precompute_ref_log_probs=True,

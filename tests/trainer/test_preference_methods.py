@@ -13,6 +13,7 @@ from trainer.models import Batch, Roles
 from trainer.ppo import Iteration, NonFinite, Outcome, PPOSettings, checkpoint_path
 from trainer.preference_methods import Preferences, PreferenceSettings
 from trainer.reward_model import Head, Pair
+from trainer.trl_trainers import lend
 
 SCORING = PPOSettings(rollouts=16, minibatch=8, max_tokens=6, kl_budget=1000.0)
 SETTINGS = PreferenceSettings(iterations=3, epochs=8, batch=8, learning_rate_times_width=0.6)
@@ -152,12 +153,31 @@ def test_a_run_ends_where_the_kl_budget_is_spent(roles: Roles, tmp_path: Path) -
     assert seen == outcome.iterations
 
 
-def test_the_reference_is_the_anchor_also_where_the_policy_has_left_it(roles: Roles, tmp_path: Path) -> None:
-    """Votes that the live policy agrees with already move it less: its margin to the anchor counts."""
-    train(start(roles, "dpo"), tmp_path / "first")
-    learnt = margin(roles)
+def test_the_reference_is_the_anchor_also_where_the_policy_has_left_it(roles: Roles) -> None:
+    anchor = [roles.read(one(pair)).logprobs.sum().item() for pair in PAIRS]
+    with torch.no_grad():
+        for weights in roles.policy_parameters():
+            weights.fill_(0.1)
     rows = preference_methods._dpo_rows(roles, PAIRS)
-    reading = roles.read(Batch.collate([(PAIRS[1].prompt, PAIRS[1].first)], roles.pad_id, roles.device))
-    assert rows[1]["ref_chosen_logps"] == pytest.approx(reading.logprobs.sum().item(), rel=1e-4)
-    train(start(roles, "dpo"), tmp_path / "second")
-    assert margin(roles) > learnt
+    assert rows["ref_chosen_logps"][:] == pytest.approx(anchor, rel=1e-4)
+    assert rows["prompt_ids"][:] == [pair.prompt for pair in PAIRS]
+    assert {chosen[0] for chosen in rows["chosen_ids"]} == {LIKED}
+    assert {rejected[0] for rejected in rows["rejected_ids"]} == {DISLIKED}
+
+
+def one(pair: Pair) -> Batch:
+    """The chosen reply alone."""
+    chosen = pair.first if pair.label == 1.0 else pair.second
+    return Batch.collate([(pair.prompt, chosen)], 0, torch.device("cpu"))
+
+
+def test_orpos_likelihood_is_that_of_the_replies_alone(roles: Roles) -> None:
+    """TRL's own counts the prompt's tokens too."""
+    chosen = Batch.collate([(pair.prompt, pair.first) for pair in PAIRS[1::2]], roles.pad_id, roles.device)
+    with torch.no_grad():
+        expected = -(roles.logprobs(chosen).sum() / chosen.reply_mask.sum()).item()
+        with lend(roles) as lent:
+            trainer = preference_methods._make_trainer(start(roles, "orpo"), lent, PAIRS[1::2], 1)
+            batch = trainer.data_collator(list(trainer.train_dataset))
+            likelihood = trainer.concatenated_forward(trainer.model, batch)[4].item()
+    assert likelihood == pytest.approx(expected, rel=1e-4)
