@@ -110,6 +110,8 @@ class Settings(BaseSettings):
     """CPU threads of the trainer; 0 takes all cores but one, which is left to the users' replies."""
     guard: Path | None = None
     """File of the guard set (JSON lines, see `trainer/guard.py`); unset: `guard.jsonl` in the model's folder, if any."""
+    method: Literal["ppo", "dpo", "orpo"] = "ppo"
+    """How a policy is learnt: `ppo` against the reward model, or from the votes directly by TRL's `dpo` or `orpo`."""
     max_reply_tokens: int = Field(64, ge=1)
     """Longest reply in tokens that the trainer samples."""
     ppo_iterations: int = Field(30, ge=1)

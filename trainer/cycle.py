@@ -148,6 +148,7 @@ def _learn(run: Run) -> str:
 def _recipe(settings: Settings, start: Start) -> Recipe:
     """The trainer's defaults, with what the settings say."""
     return Recipe(
+        method=settings.method,
         policy=ppo.PPOSettings(
             iterations=settings.ppo_iterations,
             rollouts=settings.ppo_rollouts,

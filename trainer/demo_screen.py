@@ -86,7 +86,7 @@ def describe_cycle(cycle: dict[str, Any]) -> str:
             f"reward model right on {accuracy['share']:.2f} [{accuracy['low']:.2f}, {accuracy['high']:.2f}] "
             f"of {accuracy['num_pairs']} held-out votes"
         )
-    iterations = (metrics.get("ppo") or {}).get("iterations")
+    iterations = (metrics.get("training") or {}).get("iterations")
     if iterations:
         last = iterations[-1]
         parts.append(f"KL {last['kl']:.2f} (coefficient {last['kl_coefficient']:.3f})")
@@ -100,10 +100,11 @@ def describe_end(cycle: dict[str, Any], seconds: float) -> Sequence[str]:
     policy = f" {cycle['policy']}" if cycle["policy"] else ""
     reason = f": {cycle['reason']}" if cycle["reason"] else ""
     lines = [f"cycle {cycle['id']} {cycle['stage']}{policy} after {seconds:.0f} s{reason}"]
-    ppo = metrics.get("ppo") or {}
-    if ppo.get("kept") is not None:
+    training = metrics.get("training") or {}
+    if training.get("kept") is not None:
         lines.append(
-            f"  PPO kept iteration {ppo['kept']} of {len(ppo.get('iterations', []))}: {ppo.get('why')}"
+            f"  {training['method'].upper()} kept iteration {training['kept']} of {len(training.get('iterations', []))}: "
+            f"{training.get('why')}"
         )
     for check in (metrics.get("gate") or {}).get("checks", []):
         mark = "passed" if check["passed"] else "FAILED"

@@ -1,4 +1,4 @@
-"""From votes to a better policy: reward model, PPO, gate. Knows nothing of the database; a cycle (`cycle.py`) wraps it.
+"""From votes to a better policy: reward model, PPO (or DPO, or ORPO), gate. Knows nothing of the database: `cycle.py` does.
 
 What it measures on the way goes to a `Watch`, which a cycle writes to its row, and a benchmark keeps.
 """
@@ -6,15 +6,15 @@ What it measures on the way goes to a `Watch`, which a cycle writes to its row, 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from trainer import gate, ppo, reward_model, reward_quality
+from trainer import gate, ppo, preference_methods, reward_model, reward_quality
 from trainer.guard import Guard
 from trainer.models import POLICY, REFERENCE, Roles
-from trainer.preferences import Preferences, split
+from trainer.preferences import Pair, Preferences, split
 from trainer.reward_model import Head
 from trainer.rollouts import Rollout, Sampler
 
@@ -50,7 +50,9 @@ class Watch(Protocol):
 class Recipe:
     """How a policy is learnt. One default for every model, taste and seed."""
 
+    method: Literal["ppo", "dpo", "orpo"] = "ppo"
     policy: ppo.PPOSettings = field(default_factory=ppo.PPOSettings)
+    """Also says how replies are sampled and scored, whatever the method."""
     reward: reward_model.RewardSettings = field(default_factory=reward_model.RewardSettings)
     served_min_p: float = 0.02
     """How replies are sampled for users; the gate looks at such."""
@@ -105,12 +107,11 @@ def learn(
         }
     )
 
-    watch.enter("ppo")
+    watch.enter("training")
     served = replace(sampler, min_p=recipe.served_min_p)  # the gate sees what users would see
     live = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
-    training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed)
-    outcome = ppo.train(training, checkpoints, lambda iteration: _show(watch, iteration, recipe.policy))
-    watch.note(ppo=watch.metrics["ppo"] | {"kept": outcome.kept, "why": outcome.why})
+    outcome = _train(roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch)
+    watch.note(training=watch.metrics["training"] | {"kept": outcome.kept, "why": outcome.why})
 
     watch.enter("gate")
     verdict = None
@@ -131,6 +132,33 @@ def learn(
     raise Refused(f"The gate refused it: {reason}.")
 
 
+def _train(
+    roles: Roles,
+    ensemble: Head,
+    judge: Head,
+    prompts: list[list[int]],
+    pairs: Sequence[Pair],
+    recipe: Recipe,
+    seed: int,
+    checkpoints: Path,
+    watch: Watch,
+) -> ppo.Outcome:
+    """By the recipe's method; each measures its iterations alike."""
+    if recipe.method == "ppo":
+        total = recipe.policy.iterations
+        training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed)
+        return ppo.train(
+            training, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, total)
+        )
+    settings = preference_methods.PreferenceSettings(method=recipe.method)
+    run = preference_methods.PreferenceRun(
+        roles, ensemble, judge, pairs, prompts, settings, recipe.policy, seed
+    )
+    return preference_methods.train(
+        run, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, settings.iterations)
+    )
+
+
 def anchor_features(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]], seed: int) -> Tensor:
     """[256, F] of replies by the anchor, which every score is scaled to."""
     generator = torch.Generator(device=roles.device).manual_seed(seed)
@@ -146,13 +174,13 @@ def _sample_probes(roles: Roles, sampler: Sampler, prompts: list[list[int]], see
         return sampler.sample(roles.model, prompts[:16], generator)
 
 
-def _show(watch: Watch, iteration: ppo.Iteration, settings: ppo.PPOSettings) -> None:
+def _show(watch: Watch, method: str, iteration: ppo.Iteration, total: int) -> None:
     watch.say(
-        f"iteration {iteration.number + 1}/{settings.iterations}  score {iteration.score:+.2f}  "
+        f"{method} {iteration.number + 1}/{total}  score {iteration.score:+.2f}  "
         f"judge {iteration.judge:+.2f}±{iteration.judge_error:.2f}  KL {iteration.kl:.2f}  "
         f"length {iteration.length:.1f}  ended {iteration.ended:.0%}"
     )
-    before = watch.metrics.get("ppo", {}).get("iterations", [])[: iteration.number]
+    before = watch.metrics.get("training", {}).get("iterations", [])[: iteration.number]
     iterations = [*before, asdict(iteration)]
-    progress = {"stage": "ppo", "done": iteration.number + 1, "total": settings.iterations}
-    watch.note(ppo={"iterations": iterations}, progress=progress)
+    progress = {"stage": "training", "done": iteration.number + 1, "total": total}
+    watch.note(training={"method": method, "iterations": iterations}, progress=progress)

@@ -32,7 +32,8 @@ from trainer.ppo import (
     checkpoint_path,
     choose_kept,
 )
-from trainer.reward_model import Head, Pair
+from trainer.preferences import Pair
+from trainer.reward_model import Head
 from trainer.rollouts import Sampler
 from trainer.trl_trainers import DPO, ORPO, DPOConfig, Lent, ORPOConfig, Schedule, keep_checkpoint, lend
 
@@ -65,7 +66,7 @@ class PreferenceSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Preferences:
+class PreferenceRun:
     """One training run, before it begins."""
 
     roles: Roles
@@ -82,12 +83,12 @@ class Preferences:
     seed: int
 
 
-def train(run: Preferences, checkpoints: Path, on_iteration: Callable[[Iteration], None]) -> Outcome:
+def train(run: PreferenceRun, checkpoints: Path, on_iteration: Callable[[Iteration], None]) -> Outcome:
     """Trains until the judge objects, the KL budget is spent, or all is done; a checkpoint goes before each measurement.
 
     Leaves the last weights in `run.roles`, as PPO does. Raises NonFinite, and ValueError where too few pairs are decided.
     """
-    decided = [pair for pair in run.pairs if pair.label != 0.5]
+    decided = [pair for pair in run.pairs if pair.decided]
     if len(decided) < MIN_PAIRS:
         raise ValueError(
             f"{len(decided)} pairs prefer one reply, and {run.settings.method} needs {MIN_PAIRS}."
@@ -109,7 +110,7 @@ def _count_steps(settings: PreferenceSettings, num_pairs: int) -> int:
     return max(1, round(steps / (settings.iterations - 1)))
 
 
-def _make_trainer(run: Preferences, lent: Lent, pairs: Sequence[Pair], num_steps: int) -> Trainer:
+def _make_trainer(run: PreferenceRun, lent: Lent, pairs: Sequence[Pair], num_steps: int) -> Trainer:
     settings = run.settings
     rate = settings.learning_rate_times_width / run.roles.hidden_size
     schedule = Schedule(num_steps, settings.batch, rate, run.seed)
@@ -182,7 +183,7 @@ def _orpo_rows(pairs: Sequence[Pair]) -> datasets.Dataset:
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Looks at the policy after every stretch, and ends the run."""
 
-    run: Preferences
+    run: PreferenceRun
     checkpoints: Path
     on_iteration: Callable[[Iteration], None]
     stretch: int

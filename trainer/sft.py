@@ -17,18 +17,8 @@ from transformers import TrainerCallback
 
 from trainer.models import Batch, Roles
 from trainer.ppo import checkpoint_path
+from trainer.preferences import Demonstrated
 from trainer.trl_trainers import SFT, Schedule, SFTConfig, keep_checkpoint, lend
-
-
-@dataclass(frozen=True, slots=True)
-class Demonstration:
-    """A reply that a person wrote, as token ids."""
-
-    prompt: list[int]
-    reply: list[int]
-    """With its end token."""
-    group: str
-    """What may not be split between training and held-out: the prompt's identity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +59,7 @@ class Tuned:
 
 def train(
     roles: Roles,
-    demonstrations: Sequence[Demonstration],
+    demonstrations: Sequence[Demonstrated],
     settings: SFTSettings,
     seed: int,
     checkpoints: Path,
@@ -100,22 +90,22 @@ def train(
 
 
 def split(
-    demonstrations: Sequence[Demonstration], share: float, seed: int
-) -> tuple[list[Demonstration], list[Demonstration]]:
+    demonstrations: Sequence[Demonstrated], share: float, seed: int
+) -> tuple[list[Demonstrated], list[Demonstrated]]:
     """Training and held-out ones, at least one prompt on each side; raises ValueError where there are not two."""
-    groups = sorted({each.group for each in demonstrations})
+    groups = sorted({each.source.group for each in demonstrations})
     if len(groups) < 2:
         raise ValueError(
             f"The demonstrations are on {len(groups)} prompts, and 2 are needed: one is held out."
         )
     random.Random(seed).shuffle(groups)
     held = set(groups[: min(len(groups) - 1, math.ceil(len(groups) * share))])
-    return [each for each in demonstrations if each.group not in held], [
-        each for each in demonstrations if each.group in held
+    return [each for each in demonstrations if each.source.group not in held], [
+        each for each in demonstrations if each.source.group in held
     ]
 
 
-def measure_loss(roles: Roles, demonstrations: Sequence[Demonstration], batch_size: int = 64) -> float:
+def measure_loss(roles: Roles, demonstrations: Sequence[Demonstrated], batch_size: int = 64) -> float:
     """Mean -log-probability of a reply's token by the policy, nats."""
     total, num_tokens = 0.0, 0
     ordered = sorted(demonstrations, key=lambda each: len(each.prompt) + len(each.reply))
@@ -128,7 +118,7 @@ def measure_loss(roles: Roles, demonstrations: Sequence[Demonstration], batch_si
     return total / num_tokens
 
 
-def _as_row(demonstration: Demonstration) -> dict[str, list[int]]:
+def _as_row(demonstration: Demonstrated) -> dict[str, list[int]]:
     return {
         "input_ids": demonstration.prompt + demonstration.reply,
         "labels": [-100] * len(demonstration.prompt) + demonstration.reply,
@@ -140,7 +130,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     """Looks at the policy after every epoch, and ends the run."""
 
     roles: Roles
-    held_out: Sequence[Demonstration]
+    held_out: Sequence[Demonstrated]
     checkpoints: Path
     patience: int
     on_epoch: Callable[[Epoch], None]

@@ -1,4 +1,4 @@
-"""A snapshot holds rankings and demonstrations too.
+"""A snapshot holds rankings and demonstrations too; training is one stage, whatever its method.
 
 Down again, only votes stay on record.
 """
@@ -14,7 +14,17 @@ depends_on = None
 KINDS = "kind IN ('vote', 'ranking', 'demonstration')"
 
 
+STAGES = "stage IN ('requested', 'snapshot', 'reward_model', '{}', 'gate', 'swap', 'promoted', 'rejected', 'failed')"
+
+
+def rename_stage(old: str, new: str) -> None:
+    op.drop_constraint(op.f("ck_cycles_stage"), "cycles")
+    op.execute(f"UPDATE cycles SET stage = '{new}' WHERE stage = '{old}'")
+    op.create_check_constraint(op.f("ck_cycles_stage"), "cycles", STAGES.format(new))
+
+
 def upgrade() -> None:
+    rename_stage("ppo", "training")
     op.create_table(
         "snapshot_feedback",
         sa.Column("sha256", sa.Text, nullable=False),
@@ -51,6 +61,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    rename_stage("training", "ppo")
     op.create_table(
         "snapshot_votes",
         sa.Column("sha256", sa.Text, nullable=False),

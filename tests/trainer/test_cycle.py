@@ -156,7 +156,7 @@ def test_votes_become_a_live_policy_with_its_whole_lineage(
     kept = json.loads((Path(policy.path) / "manifest.json").read_text())
     assert (kept["parent"], kept["anchor"], kept["snapshot"]) == (BASE, BASE, taken.sha256)
     assert ended.metrics["reward_model"]["accuracy"]["share"] == 1.0
-    assert len(ended.metrics["ppo"]["iterations"]) == 3
+    assert len(ended.metrics["training"]["iterations"]) == 3
 
 
 @pytest.mark.usefixtures("_open_gate")

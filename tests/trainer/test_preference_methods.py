@@ -11,8 +11,9 @@ from tests.tiny_model import make_model
 from trainer import preference_methods, reward_model
 from trainer.models import Batch, Roles
 from trainer.ppo import Iteration, NonFinite, Outcome, PPOSettings, checkpoint_path
-from trainer.preference_methods import Preferences, PreferenceSettings
-from trainer.reward_model import Head, Pair
+from trainer.preference_methods import PreferenceRun, PreferenceSettings
+from trainer.preferences import Pair, Source
+from trainer.reward_model import Head
 from trainer.trl_trainers import lend
 
 SCORING = PPOSettings(rollouts=16, minibatch=8, max_tokens=6, kl_budget=1000.0)
@@ -28,7 +29,7 @@ def pairs_of_a_rule(start: int, count: int) -> list[Pair]:
         good, bad = [LIKED, 60 + number % 20, 1], [DISLIKED, 60 + number % 17, 62, 1]
         prompt = [3, 70 + number % 30, 100 + number, 4]
         first, second = (good, bad) if number % 2 else (bad, good)
-        found.append(Pair(prompt, first, second, float(number % 2), f"group {number}"))
+        found.append(Pair(prompt, first, second, float(number % 2), Source(f"group {number}")))
     return found
 
 
@@ -47,15 +48,15 @@ def roles(base: Path) -> Roles:
     return Roles.load(base, rank=4)
 
 
-def start(roles: Roles, method: Literal["dpo", "orpo"], pairs: list[Pair] = PAIRS) -> Preferences:
+def start(roles: Roles, method: Literal["dpo", "orpo"], pairs: list[Pair] = PAIRS) -> PreferenceRun:
     num_features = reward_model.read_features(roles, [([5], [40, 1])]).shape[1]
     head = Head(torch.ones(num_features), torch.ones(num_features, 2), torch.zeros(2), torch.ones(2))
     prompts = [pair.prompt for pair in PAIRS]
     settings = replace(SETTINGS, method=method)
-    return Preferences(roles, head, head, pairs, prompts, settings, SCORING, seed=0)
+    return PreferenceRun(roles, head, head, pairs, prompts, settings, SCORING, seed=0)
 
 
-def train(run: Preferences, folder: Path) -> Outcome:
+def train(run: PreferenceRun, folder: Path) -> Outcome:
     return preference_methods.train(run, folder / "checkpoints", lambda _: None)
 
 

@@ -10,11 +10,14 @@ from tests.tiny_model import make_model
 from trainer import sft
 from trainer.models import Roles
 from trainer.ppo import NonFinite, checkpoint_path
-from trainer.sft import Demonstration, Epoch, SFTSettings
+from trainer.preferences import Demonstrated, Source
+from trainer.sft import Epoch, SFTSettings
 
 SETTINGS = SFTSettings(epochs=4, batch=4, learning_rate_times_width=0.6)
 SHOWN = [
-    Demonstration([3, 70 + n % 30, 100 + n, 4], [40, 60 + n % 3, 61, 1][: 3 + n % 2], f"group {n // 2}")
+    Demonstrated(
+        [3, 70 + n % 30, 100 + n, 4], [40, 60 + n % 3, 61, 1][: 3 + n % 2], Source(f"group {n // 2}")
+    )
     for n in range(24)
 ]
 
@@ -31,12 +34,12 @@ def roles(base: Path) -> Roles:
 
 
 def train(
-    roles: Roles, folder: Path, shown: list[Demonstration] = SHOWN, settings: SFTSettings = SETTINGS
+    roles: Roles, folder: Path, shown: list[Demonstrated] = SHOWN, settings: SFTSettings = SETTINGS
 ) -> sft.Tuned:
     return sft.train(roles, shown, settings, 0, folder, lambda _: None)
 
 
-def held_out_of(shown: list[Demonstration]) -> list[Demonstration]:
+def held_out_of(shown: list[Demonstrated]) -> list[Demonstrated]:
     return sft.split(shown, SETTINGS.held_out, seed=0)[1]
 
 
@@ -58,14 +61,14 @@ def test_the_held_out_loss_falls_and_nothing_but_the_adapter_changes(
 
 
 def test_the_loss_is_on_the_reply_alone(roles: Roles) -> None:
-    row = sft._as_row(Demonstration([5, 6], [40, 1], ""))
+    row = sft._as_row(Demonstrated([5, 6], [40, 1], Source("")))
     assert row == {"input_ids": [5, 6, 40, 1], "labels": [-100, -100, 40, 1]}
 
 
 def test_the_epoch_with_the_least_held_out_loss_is_kept(roles: Roles, tmp_path: Path) -> None:
     """Replies to the held-out prompts contradict the others: soon every epoch makes them less likely."""
-    groups = {each.group for each in held_out_of(SHOWN)}
-    shown = [replace(each, reply=[90, 91, 1]) if each.group in groups else each for each in SHOWN]
+    groups = {each.source.group for each in held_out_of(SHOWN)}
+    shown = [replace(each, reply=[90, 91, 1]) if each.source.group in groups else each for each in SHOWN]
     tuned = train(roles, tmp_path, shown, replace(SETTINGS, learning_rate_times_width=2.0))
     losses = [epoch.held_out_loss for epoch in tuned.epochs]
     assert losses[tuned.kept] == min(losses) < losses[-1]
@@ -77,7 +80,7 @@ def test_the_epoch_with_the_least_held_out_loss_is_kept(roles: Roles, tmp_path: 
 
 def test_all_demonstrations_on_one_prompt_fall_on_the_same_side() -> None:
     training, held_out = sft.split(SHOWN, 0.2, seed=1)
-    assert not {each.group for each in training} & {each.group for each in held_out}
+    assert not {each.source.group for each in training} & {each.source.group for each in held_out}
     assert len(held_out) == 6
     assert len(training) + len(held_out) == len(SHOWN)
 
@@ -106,7 +109,7 @@ def test_a_weight_that_is_no_number_ends_the_run(roles: Roles, tmp_path: Path) -
 
 @pytest.mark.parametrize("shown", [[], SHOWN[:1], SHOWN[:2]])
 def test_demonstrations_on_fewer_than_two_prompts_are_refused(
-    shown: list[Demonstration], roles: Roles, tmp_path: Path
+    shown: list[Demonstrated], roles: Roles, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"on [01] prompts, and 2 are needed"):
         train(roles, tmp_path, shown)

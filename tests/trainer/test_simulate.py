@@ -279,13 +279,13 @@ def cycle_in_ppo() -> dict[str, object]:
     iteration = {"kl": 1.234, "kl_coefficient": 0.05, "judge": 0.5, "judge_error": 0.1}
     return {
         "id": 4,
-        "stage": "ppo",
+        "stage": "training",
         "policy": None,
         "reason": None,
         "metrics": {
-            "progress": {"stage": "ppo", "done": 7, "total": 25},
+            "progress": {"stage": "training", "done": 7, "total": 25},
             "reward_model": {"accuracy": {"share": 0.75, "low": 0.65, "high": 0.83, "num_pairs": 90}},
-            "ppo": {"iterations": [iteration], "kept": 0, "why": "it was best"},
+            "training": {"method": "ppo", "iterations": [iteration], "kept": 0, "why": "it was best"},
             "gate": {"checks": [{"name": "judge", "value": 0.4, "threshold": 0.0, "passed": True}]},
         },
     }
@@ -293,7 +293,7 @@ def cycle_in_ppo() -> dict[str, object]:
 
 def test_a_cycle_is_one_line_of_stage_accuracy_kl_and_judge() -> None:
     assert describe_cycle(cycle_in_ppo()) == (
-        "cycle 4: ppo 7/25, reward model right on 0.75 [0.65, 0.83] of 90 held-out votes, "
+        "cycle 4: training 7/25, reward model right on 0.75 [0.65, 0.83] of 90 held-out votes, "
         "KL 1.23 (coefficient 0.050), judge +0.50 ± 0.10"
     )
 
