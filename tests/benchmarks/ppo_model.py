@@ -30,7 +30,7 @@ class Size:
 
 SIZES = (
     Size("2.5 M", Recipe(hidden=256, layers=3, feed_forward=512), samples=128, minibatch=64),
-    Size("20 M", Recipe(hidden=512, layers=6, feed_forward=1408), samples=32, minibatch=16),
+    Size("20 M", Recipe(hidden=512, layers=6, feed_forward=1408), samples=16, minibatch=8),
 )
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tests.benchmarks import ppo
 from tests.benchmarks.gateway_samples import Spread
-from tests.benchmarks.ppo_model import Floor, count_floor, make_base
+from tests.benchmarks.ppo_model import Floor, Size, count_floor, make_base
 from tests.benchmarks.ppo_ours import work
 from tests.benchmarks.ppo_report import Contest, above_idle, contest_goals, contest_report
 from tests.benchmarks.ppo_visit import Figures, Job
@@ -44,6 +45,30 @@ def test_the_model_cannot_end_a_reply(tmp_path: Path) -> None:
     with torch.no_grad():
         odds = model(input_ids=torch.tensor([job(tmp_path).prompts[0]])).logits.softmax(-1)
     assert odds[..., [tokenizer.pad_token_id, tokenizer.eos_token_id]].max() < 1e-9
+
+
+def test_rounds_turn_the_order_around_and_all_ends_in_a_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    visited: list[str] = []
+    written: list[str] = []
+
+    def visit(python: Path, module: str, job: Job) -> Figures:
+        visited.append(module.rpartition("_")[2])
+        return Figures([1.0], [1.0], 100.0, 200.0, 7, job.dtype)
+
+    monkeypatch.setattr(ppo, "run", visit)
+    monkeypatch.setattr(ppo, "SIZES", (Size("1 k", TINY, samples=4, minibatch=2),))
+    monkeypatch.setattr(ppo, "measure_matrix_rate", lambda: {"float32": 1e9})
+    monkeypatch.setattr(ppo, "write_results", lambda name, figures: written.append(name))
+    monkeypatch.setattr("sys.argv", ["ppo", "--rounds", "2"])
+    ppo.main()
+
+    assert visited == ["ours", "trl", "trl", "ours"]
+    assert written == ["ppo"]
+    report = capsys.readouterr().out
+    assert "| Ratchet / TRL | 1.00 [1.00, 1.00] |" in report
+    assert "| samples/s over TRL's, 1 k | >= 3 | 1.00 [1.00, 1.00] | **no** |" in report
 
 
 def test_ratios_are_taken_within_a_round(tmp_path: Path) -> None:
