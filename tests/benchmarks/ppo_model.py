@@ -60,7 +60,7 @@ def never_end(model: LlamaForCausalLM, ids: list[int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Floating point operations that no trainer of these weights can do without, counted from shapes."""
+    """Floating point operations that training all of these weights needs, counted from shapes."""
 
     sampling: float
     reading: float

@@ -22,13 +22,13 @@ AdamW, the same adapter on the same base. Every reply has its full length: the m
   and likelihoods, of the pass that the reference makes anyway. Both score on last hidden states of the same size.
 - *Value.* TRL trains a second copy of the base, forward and backward in every update. Ratchet's is linear in the reference's
   states, fit by least squares once an iteration.
-- *Old log-probabilities.* TRL keeps those of the sampler; Ratchet makes another pass, so that the first ratio
-  is exactly 1.
+- *Old log-probabilities.* TRL keeps those of the sampler; Ratchet makes another pass, so that the first ratio is exactly 1.
 - *Padding.* TRL pads every prompt of a batch to the longest one; Ratchet sorts by length.
 - *Measuring.* Ratchet alone looks for repetition in the replies and asks the judge; TRL alone measures entropy in every update.
 
 The floor counts what is left when all of that is gone: sampling, one pass each of reference and policy, and {epochs} passes of
-updates at three forward passes each, at the rate of one large matrix product. It has no adapter, no head, no memory to move."""
+updates at three forward passes each, at the rate of one large matrix product. It has no adapter, no head, no memory to move. It is
+that of training all weights: an adapter's gradients cost little, and frozen weights need none, so an update can do with two."""
 
 
 @dataclass(slots=True)

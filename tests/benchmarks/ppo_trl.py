@@ -1,7 +1,7 @@
 """TRL 1.12.0's PPOTrainer on a job of the benchmark. Runs in .venv-trl, and so imports nothing of Ratchet's own.
 
-Its settings are those with which it was fastest here: no gradient checkpointing, which is its default and saves memory that
-these models do not need; all prompts sampled in one batch; a minibatch in one piece.
+Its settings favour speed: no gradient checkpointing (TRL's default is to have it, which trades time for memory), all prompts sampled
+in one batch, a minibatch in one piece, no generation of samples to look at.
 """
 
 import tempfile
