@@ -8,7 +8,7 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock"
 LOCK_CPU := $(LOCK) pyproject.toml requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer clean lock
+.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo clean lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -52,8 +52,13 @@ bench-transfer: ## exports and imports: rows a second, CPU, memory, and what oth
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.transfer $(VOTES)
 
+bench-ppo: ## our PPO beside TRL's: samples a second, peak memory, and the arithmetic that neither can do without; ROUNDS=3
+	@sh deploy/setup.sh test
+	@sh deploy/setup.sh trl
+	@exec $(PYTHON) -m tests.benchmarks.ppo $(if $(ROUNDS),--rounds $(ROUNDS))
+
 clean: ## remove what was installed and cached; the state folder stays
-	rm -rf .venv .venv-gpu .venv-peers tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-gpu .venv-peers .venv-trl tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 lock: ## renew the pinned versions in requirements/ and of tests/clients/node (needs uv and npm)
@@ -61,4 +66,5 @@ lock: ## renew the pinned versions in requirements/ and of tests/clients/node (n
 	$(LOCK_CPU) --extra test --output-file requirements/test.txt --constraints requirements/cpu.txt
 	$(LOCK) pyproject.toml --extra gpu --output-file requirements/gpu.txt
 	$(LOCK) requirements/peers.in --output-file requirements/peers.txt
+	$(LOCK) requirements/trl.in requirements/needs.in --overrides requirements/overrides.txt --output-file requirements/trl.txt
 	cd tests/clients/node && npm update --package-lock-only

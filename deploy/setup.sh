@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes or refreshes a virtual environment, from the clone's root: `deploy/setup.sh cpu|gpu|test|peers`.
-# `test` ends with `peers`: the clients and gateways that tests try, in an environment of their own.
+# Makes or refreshes a virtual environment, from the clone's root: `deploy/setup.sh cpu|gpu|test|peers|trl`.
+# `test` ends with `peers`: the clients and gateways that tests try, in an environment of their own. `trl` is the PPO that ours is
+# measured beside.
 #
 # What is installed is exactly what the lock file in requirements/ names, by hash. torch on the CPU is a step of its
 # own: its CPU builds lie on an index of their own, and where that cannot be reached any index or folder that
@@ -16,6 +17,7 @@ torch=2.13.0
 case $kind in
 gpu) venv=.venv-gpu ;;
 peers) venv=.venv-peers inputs="$lock deploy/setup.sh $node/package-lock.json" ;;
+trl) venv=.venv-trl inputs="$lock deploy/setup.sh" ;;
 esac
 log=$venv/setup.log
 
@@ -101,11 +103,13 @@ make_venv() {
     : >"$log"
 }
 
+install_torch() {
+    step "torch $torch, CPU build" $pip install --no-deps --retries 1 \
+        --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
+}
+
 install_ratchet() {
-    if [ "$kind" != gpu ]; then
-        step "torch $torch, CPU build" $pip install --no-deps --retries 1 \
-            --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
-    fi
+    [ "$kind" = gpu ] || install_torch
     step "packages of $lock" $pip install --no-deps --progress-bar off -r "$lock"
     step "ratchet" $pip install --no-deps --no-build-isolation --editable .
 }
@@ -116,11 +120,18 @@ install_peers() {
     step "openai for Node" "$venv/bin/npm" --prefix "$node" ci
 }
 
+# Without Ratchet itself: whatever runs here is given the clone's root as its path.
+install_trl() {
+    install_torch
+    step "packages of $lock" $pip install --no-deps --progress-bar off -r "$lock"
+}
+
 pip="$venv/bin/pip --disable-pip-version-check --no-input"
 if [ ! -e "$stamp" ]; then
     make_venv
     case $kind in
     peers) install_peers ;;
+    trl) install_trl ;;
     test) install_ratchet && find_browser && find_curl ;;
     *) install_ratchet ;;
     esac

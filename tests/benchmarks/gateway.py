@@ -124,22 +124,24 @@ def _machine(*, with_peers: bool) -> dict[str, str]:
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     machine = {
         "when": time.strftime("%Y-%m-%d %H:%M"),
-        "machine": f"{_processor()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "machine": f"{processor()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
         "load before the start (1, 5, 15 minutes)": load,
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "Ratchet": f"{_revision()}; " + ", ".join(f"{name} {version(name)}" for name in GATEWAY_PACKAGES),
+        "Ratchet": f"{revision()}; " + ", ".join(f"{name} {version(name)}" for name in GATEWAY_PACKAGES),
     }
     return machine | ({"peers": _peers()} if with_peers else {})
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name that the processor gives itself."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
 
 
-def _revision() -> str:
+def revision() -> str:
+    """Of this clone, and whether it was changed since."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -54,7 +54,7 @@ def vllm_report(samples: Samples) -> str:
     head += ["CPU ms a token: bare engine", "engine through Ratchet + service + PostgreSQL"]
     length = samples.spread(_vllm_loads()[0], RATCHET, "tokens_per_reply").median
     title = f"### Real vLLM, replies of {length:.1f} tokens: median of the rounds [least, most]"
-    return f"{title}\n\n{_table(head, rows)}"
+    return f"{title}\n\n{table(head, rows)}"
 
 
 def _vllm_row(samples: Samples, load: Load) -> list[str]:
@@ -64,14 +64,14 @@ def _vllm_row(samples: Samples, load: Load) -> list[str]:
     costs = [
         samples.spread(load, RATCHET, f"{name}_cpu_ms").median for name in ("engine", "service", "postgres")
     ]
-    words = [f"{WORDS[load.kind]}, {load.streams}", _show(bare, 0), _show(through, 0), _show(ratio, 3)]
+    words = [f"{WORDS[load.kind]}, {load.streams}", show(bare, 0), show(through, 0), show(ratio, 3)]
     return [*words, f"{alone:.3f}", " + ".join(f"{cost:.3f}" for cost in costs)]
 
 
 def goals_report(goals: list[Goal]) -> str:
     """One row a goal."""
     rows = [[goal.name, goal.wanted, goal.reached, "yes" if goal.met else "**no**"] for goal in goals]
-    return "### Goals\n\n" + _table(["goal", "wanted", "reached", "met"], rows)
+    return "### Goals\n\n" + table(["goal", "wanted", "reached", "met"], rows)
 
 
 def faults_report(samples: Samples) -> str:
@@ -90,7 +90,7 @@ def vllm_goals(samples: Samples) -> Iterator[Goal]:
     for load in _vllm_loads():
         ratio = samples.ratio(load, "tokens_per_second", RATCHET, VLLM)
         name = f"tokens/s over bare vLLM, {WORDS[load.kind]}, {load.streams} at once"
-        yield Goal(name, ">= 0.95", _show(ratio, 3), ratio.median >= 0.95)
+        yield Goal(name, ">= 0.95", show(ratio, 3), ratio.median >= 0.95)
 
 
 def mock_goals(samples: Samples) -> Iterator[Goal]:
@@ -110,7 +110,7 @@ def _throughput_goals(samples: Samples) -> Iterator[Goal]:
         for streams in gateway_mock.AT_ONCE:
             ratio = samples.ratio(Load(kind, streams), "requests_per_second", RATCHET, peer)
             name = f"throughput over {peer}'s, {WORDS[kind]}, {streams} at once"
-            yield Goal(name, f">= {times:g}", _show(ratio, 2), ratio.median >= times)
+            yield Goal(name, f">= {times:g}", show(ratio, 2), ratio.median >= times)
 
 
 def _tail_goals(samples: Samples) -> Iterator[Goal]:
@@ -146,10 +146,10 @@ def _first_token_goals(samples: Samples) -> Iterator[Goal]:
 def _throughput(samples: Samples) -> str:
     loads = _fast_loads()
     rows = [
-        [name, *(_show(samples.spread(load, name, "requests_per_second"), 0) for load in loads)]
+        [name, *(show(samples.spread(load, name, "requests_per_second"), 0) for load in loads)]
         for name in CONTESTANTS
     ]
-    return _table(["", *(f"{WORDS[load.kind]}, {load.streams} at once" for load in loads)], rows)
+    return table(["", *(f"{WORDS[load.kind]}, {load.streams} at once" for load in loads)], rows)
 
 
 def _costs(samples: Samples) -> str:
@@ -157,7 +157,7 @@ def _costs(samples: Samples) -> str:
     for title, contestant, process in COSTS:
         spent = [samples.spread(load, contestant, f"{process}_cpu_ms") for load in _fast_loads()]
         rows.append([title, *(f"{each.median:.2f} ({_per_core(each.median)}/s)" for each in spent)])
-    return _table(["", *(f"{WORDS[load.kind]}, {load.streams} at once" for load in _fast_loads())], rows)
+    return table(["", *(f"{WORDS[load.kind]}, {load.streams} at once" for load in _fast_loads())], rows)
 
 
 def _per_core(milliseconds: float) -> str:
@@ -172,14 +172,14 @@ def _latencies(samples: Samples) -> str:
         for load, measure in columns:
             p99 = samples.percentile(load, name, measure, 99)
             if name == DIRECT:
-                cells.append(f"{_show(samples.spread(load, name, f'{measure}_p50_ms'), 2)}, p99 {p99:.1f}")
+                cells.append(f"{show(samples.spread(load, name, f'{measure}_p50_ms'), 2)}, p99 {p99:.1f}")
             else:
                 added = samples.added(load, f"{measure}_p50_ms", name, DIRECT)
-                cells.append(f"+{_show(added, 2)}, p99 +{_added_p99(samples, load, measure, name):.1f}")
+                cells.append(f"+{show(added, 2)}, p99 +{_added_p99(samples, load, measure, name):.1f}")
         busy = [f"{samples.spread(Load(kind, 0), name, 'busy').median:.0%}" for kind in gateway_mock.KINDS]
         rows.append([name, *cells, " / ".join(busy)])
     head = ["", *(_measure(*column) for column in columns), "of a core used, not streamed / streamed"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _added_p99(samples: Samples, load: Load, measure: str, contestant: str) -> float:
@@ -199,12 +199,14 @@ def _vllm_loads() -> list[Load]:
     return [Load(kind, streams) for kind in gateway_vllm.KINDS for streams in gateway_vllm.AT_ONCE]
 
 
-def _show(spread: Spread, digits: int) -> str:
+def show(spread: Spread, digits: int) -> str:
+    """The median, and the least and the most in brackets."""
     least, middle, most = (f"{x:,.{digits}f}" for x in (spread.least, spread.median, spread.most))
     return f"{middle} [{least}, {most}]"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import ppo_math
@@ -73,19 +73,95 @@ def test_the_kl_coefficient_loosens_slowly_and_tightens_fast(kl: float, expected
     assert ppo_math.adapt_kl_coefficient(0.1, kl, target=5.0) == pytest.approx(expected)
 
 
-@given(
-    rows=st.lists(st.lists(st.floats(-3, 3), min_size=1, max_size=6), min_size=1, max_size=4),
-    padding=st.integers(0, 5),
-)
-def test_padding_changes_nothing(rows: list[list[float]], padding: int) -> None:
-    def run(extra: int) -> list[torch.Tensor]:
-        longest = max(map(len, rows)) + extra
-        values = torch.tensor([row + [7.0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
-        rewards = ppo_math.token_rewards(values[:, 0], values * mask, -values * mask, mask, 0.3)
+ANY_TIME = settings(deadline=None)
+"""The first call of an operation in torch can take a second on a busy machine."""
+ROWS = st.lists(st.lists(st.floats(-3, 3), min_size=1, max_size=6), min_size=1, max_size=4)
+"""Replies of different lengths, a number for each token."""
+
+
+def lay_out(rows: list[list[float]], before: int = 0, after: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values, nonsense around the replies, and mask: (B, L), with columns for prompts and padding."""
+    longest = max(map(len, rows)) + after
+    values = torch.tensor([[-5.0] * before + row + [7.0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[0.0] * before + [1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
+    return values, mask
+
+
+@ANY_TIME
+@given(rows=ROWS, before=st.integers(0, 3), after=st.integers(0, 5))
+def test_prompts_and_padding_change_nothing(rows: list[list[float]], before: int, after: int) -> None:
+    def run(before: int, after: int) -> list[torch.Tensor]:
+        values, mask = lay_out(rows, before, after)
+        scores = torch.tensor([row[0] for row in rows])
+        rewards = ppo_math.token_rewards(scores, values * mask, -values * mask, mask, 0.3)
         advantages, returns = ppo_math.gae(rewards, values, mask, 0.9, 0.95)
         white = ppo_math.whiten(advantages, mask)
-        return [tensor[mask.bool()] for tensor in (rewards, advantages, returns, white)]
+        losses, clipped = ppo_math.policy_loss(values, values / 2, advantages, mask, 0.2)
+        results = [rewards, advantages, returns, white, losses, clipped]
+        assert all((tensor[mask == 0] == 0).all() for tensor in results)
+        return [*(tensor[mask.bool()] for tensor in results), ppo_math.masked_mean(values, mask)]
 
-    for one, other in zip(run(0), run(padding), strict=True):
+    for one, other in zip(run(0, 0), run(before, after), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@ANY_TIME
+@given(rows=ROWS, scale=st.floats(0.01, 100))
+def test_unchanged_weights_have_a_ratio_of_exactly_one(rows: list[list[float]], scale: float) -> None:
+    values, mask = lay_out(rows, before=1, after=1)
+    advantages = values.flip(0, 1) * mask
+    losses, clipped = ppo_math.policy_loss(scale * values, scale * values, advantages, mask, 0.2)
+    assert torch.equal(losses, -advantages)
+    assert not clipped.any()
+
+
+@ANY_TIME
+@given(rows=ROWS, shift=st.floats(-1, 1))
+def test_a_clipped_loss_is_never_better_than_the_unclipped_one(rows: list[list[float]], shift: float) -> None:
+    values, mask = lay_out(rows)
+    losses, clipped = ppo_math.policy_loss(values + shift * values.cos(), values, values, mask, 0.2)
+    plain = -values * torch.exp((shift * values.cos()) * mask) * mask
+    assert (losses >= plain - 1e-4 * plain.abs()).all()
+    assert (losses[clipped == 0] <= plain[clipped == 0] + 1e-4 * plain[clipped == 0].abs()).all()
+
+
+@ANY_TIME
+@given(rows=ROWS)
+def test_without_discounts_a_return_is_the_sum_of_what_comes(rows: list[list[float]]) -> None:
+    rewards, mask = lay_out(rows, before=1, after=2)
+    values = rewards.roll(1, dims=0)  # any will do
+    _, returns = ppo_math.gae(rewards * mask, values, mask, discount=1.0, trace=1.0)
+    to_come = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
+    torch.testing.assert_close(returns, to_come, atol=1e-4, rtol=1e-4)
+
+
+@ANY_TIME
+@given(rows=ROWS, coefficient=st.floats(0, 2))
+def test_the_rewards_of_a_reply_are_its_score_less_its_kl(
+    rows: list[list[float]], coefficient: float
+) -> None:
+    values, mask = lay_out(rows, before=2, after=1)
+    scores = torch.tensor([row[-1] for row in rows])
+    rewards = ppo_math.token_rewards(scores, values, values / 3, mask, coefficient)
+    kl = (ppo_math.kl_k1(values, values / 3) * mask).sum(1)
+    torch.testing.assert_close(rewards.sum(1), scores - coefficient * kl, atol=1e-4, rtol=1e-4)
+
+
+@ANY_TIME
+@given(rows=ROWS)
+def test_k3_is_never_negative(rows: list[list[float]]) -> None:
+    values, _ = lay_out(rows)
+    assert (ppo_math.kl_k3(values, values.sin()) >= -1e-6).all()
+
+
+@ANY_TIME
+@given(rows=ROWS, shift=st.floats(-10, 10))
+def test_whitening_leaves_mean_zero_and_at_most_unit_variance(rows: list[list[float]], shift: float) -> None:
+    values, mask = lay_out(rows, before=1, after=1)
+    white = ppo_math.whiten(values, mask)
+    real = white[mask.bool()]
+    assert real.mean().item() == pytest.approx(0, abs=1e-3)
+    assert real.square().mean().item() <= 1.001
+    if values[mask.bool()].var(correction=0) > 0.01:
+        assert real.square().mean().item() == pytest.approx(1, abs=1e-3)
+        torch.testing.assert_close(ppo_math.whiten(values + shift, mask), white, atol=1e-3, rtol=1e-3)

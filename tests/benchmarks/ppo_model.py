@@ -1,0 +1,100 @@
+"""What the PPO benchmark trains: a Llama with random weights that never ends a reply, and prompts; and what that costs at least."""
+
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from trainer import world
+from trainer.starter import Recipe, new_model, train_tokenizer
+
+SHORTEST, LONGEST = 16, 48
+"""Tokens of a prompt."""
+FORBIDDEN = -10.0
+"""Weight from the constant channel to the logits of padding and end; the channel is 1 or more after the last norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of a model and of a visit to it."""
+
+    name: str
+    recipe: Recipe
+    samples: int
+    minibatch: int
+
+
+SIZES = (
+    Size("2.5 M", Recipe(hidden=256, layers=3, feed_forward=512), samples=128, minibatch=64),
+    Size("20 M", Recipe(hidden=512, layers=6, feed_forward=1408), samples=16, minibatch=8),
+)
+
+
+def make_base(folder: Path, recipe: Recipe, num_prompts: int) -> LlamaForCausalLM:
+    """Write model, tokenizer and prompts."""
+    torch.manual_seed(recipe.seed)
+    rng = random.Random(recipe.seed)
+    tokenizer = train_tokenizer([world.write_document(rng) for _ in range(1000)], recipe)
+    model = new_model(tokenizer, recipe)
+    never_end(model, [tokenizer.pad_token_id, tokenizer.eos_token_id])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    words = range(len(tokenizer.all_special_ids), len(tokenizer))
+    prompts = [rng.choices(words, k=rng.randint(SHORTEST, LONGEST)) for _ in range(num_prompts)]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    return model
+
+
+@torch.no_grad()
+def never_end(model: LlamaForCausalLM, ids: list[int]) -> None:
+    """Make these tokens impossible by weights alone, which every sampler heeds: one channel is the same for every token and large."""
+    model.model.embed_tokens.weight[:, 0] = 1.0
+    model.lm_head.weight[:, 0] = 0.0
+    model.lm_head.weight[ids] = 0.0
+    model.lm_head.weight[ids, 0] = FORBIDDEN
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Floating point operations that training all of these weights needs, counted from shapes."""
+
+    sampling: float
+    reading: float
+    """A pass of the reference and one of the policy, for the old log-probabilities."""
+    updates: float
+
+    @property
+    def total(self) -> float:
+        """All that a sample needs."""
+        return self.sampling + self.reading + self.updates
+
+
+def count_floor(recipe: Recipe, prompt_tokens: float, reply_tokens: int, epochs: int) -> Floor:
+    """Of one sample. Two operations for each weight and token, and attention over what is before a token; logits at replies alone.
+
+    A pass backward counts as two forward. Adapters, norms, softmax, reward and value heads are left out: small, or not needed.
+    """
+    hidden, layers = recipe.hidden, recipe.layers
+    weights = layers * (4 * hidden * hidden + 3 * hidden * recipe.feed_forward)
+    tokens = prompt_tokens + reply_tokens - 1  # nothing is read from the last one
+    attention = layers * 4 * hidden * tokens * (tokens + 1) / 2
+    forward = 2 * weights * tokens + attention + 2 * recipe.vocabulary * hidden * reply_tokens
+    return Floor(sampling=forward, reading=2 * forward, updates=epochs * 3 * forward)
+
+
+def measure_matrix_rate(size: int = 2048, repeats: int = 4) -> dict[str, float]:
+    """Operations a second of a large matrix product in float32 and in bfloat16, the best of some."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+        seconds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            left @ right
+            seconds.append(time.perf_counter() - began)
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / min(seconds)
+    return rates
