@@ -197,6 +197,8 @@ def _inherited_coefficient(start: Start) -> float:
     if start.adapter is None:
         return ppo.PPOSettings().kl_start
     manifest = json.loads((start.adapter / "manifest.json").read_text())
+    if manifest["settings"].get("method", "ppo") != "ppo":  # the others have none
+        return ppo.PPOSettings().kl_start
     return float(manifest["metrics"]["kept"]["kl_coefficient"])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer import ppo_math
 from trainer.models import Batch, Roles
-from trainer.ppo import Iteration, Minibatch, PPOSettings, disagreement, pessimistic
+from trainer.ppo import Iteration, Microbatch, PPOSettings, disagreement, pessimistic
 from trainer.repetition import repeats
 from trainer.reward_model import Head, reward_features
 from trainer.rollouts import Rollout
@@ -34,7 +34,7 @@ def measure(
     if not rollouts:
         raise ValueError("There are no replies to measure.")
     ordered = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.reply_ids))
-    size = scoring.minibatch
+    size = scoring.microbatch
     facts: dict[str, list[Tensor]] = {}
     for start in range(0, len(ordered), size):
         part = _read(roles, ensemble, judge, ordered[start : start + size], scoring)
@@ -63,14 +63,14 @@ def measure(
 
 def _read(
     roles: Roles, ensemble: Head, judge: Head, rollouts: Sequence[Rollout], scoring: PPOSettings
-) -> Minibatch:
-    """A minibatch as PPO's, but for what only its update needs, which stays empty."""
+) -> Microbatch:
+    """A microbatch as PPO's, but for what only its update needs, which stays empty."""
     batch = Batch.collate([(r.prompt_ids, r.reply_ids) for r in rollouts], roles.pad_id, roles.device)
     reading = roles.read(batch, scoring.temperature)
     reward = reward_features(reading, batch.reply_mask)
     repeated = [float(repeats(roles.decode(rollout.reply_ids))) for rollout in rollouts]
     empty = torch.zeros_like(batch.reply_mask)
-    return Minibatch(
+    return Microbatch(
         batch=batch,
         old=roles.logprobs(batch, scoring.temperature),
         reference=reading.logprobs,
@@ -85,7 +85,7 @@ def _read(
     )
 
 
-def _facts(part: Minibatch, scoring: PPOSettings) -> dict[str, Tensor]:
+def _facts(part: Microbatch, scoring: PPOSettings) -> dict[str, Tensor]:
     """[B] each: sums over a reply's tokens, or facts of the whole reply."""
     return {
         "score": pessimistic(part, scoring),

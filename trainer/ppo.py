@@ -9,7 +9,7 @@ Legend: B sequences, L tokens of prompt and reply, N rollouts of an iteration, K
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class PPOSettings:
     """Passes over an iteration's rollouts."""
     minibatch: int = 64
     """Sequences in an optimiser step."""
+    microbatch: int = 16
+    """Sequences read at once, of like length: a step's gradient is summed over several. Fewer pad less and hold less memory."""
     learning_rate_times_width: float = 0.4
     """Learning rate times hidden size: 2e-3 at 192, 1e-4 at 4096."""
     warmup: int = 3
@@ -92,7 +94,7 @@ class Iteration:
 
 
 @dataclass(slots=True)
-class Minibatch:
+class Microbatch:
     """Rollouts of like length, with all that the update needs. Tensors are (B, L) unless said."""
 
     batch: Batch
@@ -138,6 +140,7 @@ class PPO:
         self.sampler = Sampler(roles.end_ids, settings.max_tokens, settings.temperature)
         self.generator = torch.Generator(device=roles.device).manual_seed(seed)
         self.rng = random.Random(seed)
+        self.microbatch = min(settings.microbatch, settings.minibatch)
         self.kl_coefficient = settings.kl_start
         self.value = Value(ensemble, roles.hidden_size)
         self.learning_rate = settings.learning_rate_times_width / roles.hidden_size
@@ -158,28 +161,28 @@ class PPO:
             rollouts = self.sampler.sample(self.roles.model, prompts, self.generator)
 
         # 2. read them: log-probabilities by policy and anchor, values, scores by ensemble and judge
-        minibatches = self._read(rollouts)
+        microbatches = self._read(rollouts)
 
         # 3. reward per token: the pessimistic score on the last one, the KL penalty on each
         # 4. advantages, whitened over the real tokens of the iteration
-        for part in minibatches:
+        for part in microbatches:
             score = pessimistic(part, settings)
             rewards = ppo_math.token_rewards(score, part.old, part.reference, part.mask, self.kl_coefficient)
             part.advantages, part.returns = ppo_math.gae(
                 rewards, part.values, part.mask, settings.discount, settings.trace
             )
-        measured = self._measure(number, minibatches)
-        whiten_together(minibatches)
+        measured = self._measure(number, microbatches)
+        whiten_together(microbatches)
 
         # 5. a few passes of clipped updates of the policy; the value is fit to the returns
         self.optimizer.param_groups[0]["lr"] = self.learning_rate * min(1.0, number / settings.warmup)
         clipped = [
-            self._update(part)
+            self._update(minibatch)
             for _ in range(settings.epochs)
-            for part in self.rng.sample(minibatches, len(minibatches))
+            for minibatch in self._shuffled_minibatches(microbatches)
         ]
         self.value.fade()
-        for part in minibatches:
+        for part in microbatches:
             self.value.add(part.features, part.returns, part.mask)
         self.value.fit()
 
@@ -212,13 +215,13 @@ class PPO:
         self.rng.setstate(state["rng"])
 
     @torch.no_grad()
-    def _read(self, rollouts: Sequence[Rollout]) -> list[Minibatch]:
+    def _read(self, rollouts: Sequence[Rollout]) -> list[Microbatch]:
         """Rollouts of like length together, so that little is spent on padding."""
         ordered = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.reply_ids))
-        size = self.settings.minibatch
-        return [self._read_minibatch(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+        size = self.microbatch
+        return [self._read_microbatch(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
-    def _read_minibatch(self, rollouts: Sequence[Rollout]) -> Minibatch:
+    def _read_microbatch(self, rollouts: Sequence[Rollout]) -> Microbatch:
         roles = self.roles
         sequences = [(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts]
         batch = Batch.collate(sequences, roles.pad_id, roles.device)
@@ -226,7 +229,7 @@ class PPO:
         reward = reward_features(reading, batch.reply_mask)
         features = value_features(reading, batch.reply_mask)
         empty = torch.zeros_like(batch.reply_mask)
-        return Minibatch(
+        return Microbatch(
             batch=batch,
             old=roles.logprobs(batch, self.settings.temperature),
             reference=reading.logprobs,
@@ -243,63 +246,73 @@ class PPO:
             returns=empty,
         )
 
-    def _update(self, part: Minibatch) -> float:
-        """One optimiser step on a minibatch. Returns the share of clipped tokens."""
-        logprobs = self.roles.logprobs(part.batch, self.settings.temperature)
-        losses, clipped = ppo_math.policy_loss(
-            logprobs, part.old, part.advantages, part.mask, self.settings.clip
-        )
-        loss = ppo_math.masked_mean(losses, part.mask)
-        if not math.isfinite(loss.item()):
-            raise NonFinite(f"PPO's loss became {loss.item()}.")
-        loss.backward()  # type: ignore[no-untyped-call]
+    def _shuffled_minibatches(self, microbatches: Sequence[Microbatch]) -> Iterator[list[Microbatch]]:
+        shuffled = self.rng.sample(microbatches, len(microbatches))
+        size = max(1, self.settings.minibatch // self.microbatch)
+        for start in range(0, len(shuffled), size):
+            yield shuffled[start : start + size]
+
+    def _update(self, minibatch: Sequence[Microbatch]) -> float:
+        """One optimiser step on the mean loss over the minibatch's tokens. Returns the share of clipped tokens."""
+        num_tokens = sum(part.mask.sum() for part in minibatch)
+        num_clipped = 0.0
+        for part in minibatch:
+            logprobs = self.roles.logprobs(part.batch, self.settings.temperature)
+            losses, clipped = ppo_math.policy_loss(
+                logprobs, part.old, part.advantages, part.mask, self.settings.clip
+            )
+            loss = losses.sum() / num_tokens
+            if not math.isfinite(loss.item()):
+                raise NonFinite(f"PPO's loss became {loss.item()}.")
+            loss.backward()  # type: ignore[no-untyped-call]
+            num_clipped += clipped.sum().item()
         torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return ppo_math.masked_mean(clipped, part.mask).item()
+        return num_clipped / float(num_tokens)
 
-    def _measure(self, number: int, minibatches: Sequence[Minibatch]) -> dict[str, float]:
+    def _measure(self, number: int, microbatches: Sequence[Microbatch]) -> dict[str, float]:
         def joined(parts: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(parts))
 
-        real = [part.mask.bool() for part in minibatches]
+        real = [part.mask.bool() for part in microbatches]
         num_tokens = sum(int(mask.sum()) for mask in real)
-        num_replies = sum(len(part.ended) for part in minibatches)
-        kl = sum((ppo_math.kl_k3(part.old, part.reference) * part.mask).sum().item() for part in minibatches)
-        judged = joined([part.judged for part in minibatches])
-        returns = joined([part.returns[mask] for part, mask in zip(minibatches, real, strict=True)])
-        values = joined([part.values[mask] for part, mask in zip(minibatches, real, strict=True)])
+        num_replies = sum(len(part.ended) for part in microbatches)
+        kl = sum((ppo_math.kl_k3(part.old, part.reference) * part.mask).sum().item() for part in microbatches)
+        judged = joined([part.judged for part in microbatches])
+        returns = joined([part.returns[mask] for part, mask in zip(microbatches, real, strict=True)])
+        values = joined([part.values[mask] for part, mask in zip(microbatches, real, strict=True)])
         return {
-            "score": joined([pessimistic(part, self.settings) for part in minibatches]).mean().item(),
+            "score": joined([pessimistic(part, self.settings) for part in microbatches]).mean().item(),
             "judge": judged.mean().item(),
             "judge_error": judged.std().item() / math.sqrt(num_replies),
-            "disagreement": joined([disagreement(part) for part in minibatches]).mean().item(),
+            "disagreement": joined([disagreement(part) for part in microbatches]).mean().item(),
             "kl": kl / num_replies,
-            "entropy": -sum(part.old.sum().item() for part in minibatches) / num_tokens,
+            "entropy": -sum(part.old.sum().item() for part in microbatches) / num_tokens,
             "length": num_tokens / num_replies,
-            "ended": joined([part.ended for part in minibatches]).mean().item(),
-            "repeated": joined([part.repeated for part in minibatches]).mean().item(),
+            "ended": joined([part.ended for part in microbatches]).mean().item(),
+            "repeated": joined([part.repeated for part in microbatches]).mean().item(),
             "value_explained": (1 - (returns - values).var() / returns.var().clamp(min=1e-8)).item(),
         }
 
 
-def disagreement(part: Minibatch) -> Tensor:
+def disagreement(part: Microbatch) -> Tensor:
     """[B] standard deviation among the ensemble's heads; 0.0 where there is but one."""
     return part.scores.std(1) if part.scores.shape[1] > 1 else torch.zeros_like(part.ended)
 
 
-def pessimistic(part: Minibatch, settings: PPOSettings) -> Tensor:
+def pessimistic(part: Microbatch, settings: PPOSettings) -> Tensor:
     """[B] ensemble mean less its disagreement, less a penalty for a missing end and one for repetition."""
     score = part.scores.mean(1) - settings.disagreement * disagreement(part)
     return score - settings.fault_penalty * (1 - part.ended + part.repeated)
 
 
-def whiten_together(minibatches: Sequence[Minibatch]) -> None:
-    """`ppo_math.whiten` of the advantages, over minibatches of different lengths together."""
-    flat = torch.cat([part.advantages[part.mask.bool()] for part in minibatches])[None]
+def whiten_together(microbatches: Sequence[Microbatch]) -> None:
+    """`ppo_math.whiten` of the advantages, over microbatches of different lengths together."""
+    flat = torch.cat([part.advantages[part.mask.bool()] for part in microbatches])[None]
     white = ppo_math.whiten(flat, torch.ones_like(flat))[0]
     start = 0
-    for part in minibatches:
+    for part in microbatches:
         real = part.mask.bool()
         end = start + int(real.sum())
         part.advantages = torch.zeros_like(part.mask)

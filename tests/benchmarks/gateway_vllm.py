@@ -1,8 +1,9 @@
 """A real vLLM on the CPU, bare and through Ratchet: tokens a second. See `gateway.py`.
 
-Both are asked the same questions with the same seeds, and every reply has as many tokens: the model is the starter, made to
-take another token for its end (its own replies have 8 on average, and few words of a large model's are so short). What is
-counted is the engine's own `usage`.
+Both are asked the same questions with the same seeds, for replies of the same lengths: the model is the starter, made to take
+another token for its end (its own replies have 8 on average, and few of a large model's are so short). The lengths differ
+among requests, as users' do: were they all equal, a closed loop of bare requests would end and begin in step, and the engine
+have full batches that nobody's users give it. What is counted is the engine's own `usage`.
 """
 
 import json
@@ -39,7 +40,7 @@ class Plan:
     rounds: int
     seconds: float
     reply_tokens: int
-    """Length of every reply."""
+    """Mean length of replies; each is between half of it and one and a half."""
 
 
 def run(plan: Plan, state: Path, say: Callable[[str], None]) -> Samples:
@@ -117,7 +118,8 @@ def _ask(contestant: Contestant, kind: Kind, reply_tokens: int) -> Ask:
     chance = random.Random(0)
     requests = []
     for seed in range(QUESTIONS):
-        body = _body(contestant.model, kind, world.draw_question(chance), seed, reply_tokens)
+        length = chance.randint(reply_tokens // 2, reply_tokens * 3 // 2)
+        body = _body(contestant.model, kind, world.draw_question(chance), seed, length)
         requests.append(contestant.address.request(contestant.path, body))
     return Ask(contestant.address, tuple(requests), _count, EVENT)
 
@@ -128,6 +130,7 @@ def _body(model: str, kind: Kind, question: world.Question, seed: int, reply_tok
         "messages": list(question.messages),
         "max_tokens": reply_tokens,
         "temperature": 1.0,
+        "top_p": 1.0,  # named, so that Ratchet asks for no filter of its own, and the engine does the same for both
         "seed": seed,
         "stream": kind == "stream",
     }

@@ -160,6 +160,21 @@ def test_votes_become_a_live_policy_with_its_whole_lineage(
 
 
 @pytest.mark.usefixtures("_open_gate")
+@pytest.mark.parametrize("method", ["dpo", "orpo"])
+def test_a_policy_can_be_learnt_by_trl_from_the_votes_directly(
+    method: str, settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.preference_methods.choose_kept", lambda iterations: len(iterations) - 1)
+    add_votes(sessions, 40)
+    service = accept_challengers(sessions)
+    ended = run(settings.model_copy(update={"method": method}), sessions, request_cycle(sessions))
+    service.join()
+    assert (ended.stage, ended.metrics["training"]["method"]) == ("promoted", method)
+    with sessions() as session:
+        assert session.get_one(Policy, "policy-000001").manifest["settings"]["method"] == method
+
+
+@pytest.mark.usefixtures("_open_gate")
 def test_the_next_cycle_starts_from_the_live_policy(
     settings: Settings, sessions: sessionmaker[Session]
 ) -> None:
