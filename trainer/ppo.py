@@ -219,7 +219,9 @@ class PPO:
         """Rollouts of like length together, so that little is spent on padding."""
         ordered = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.reply_ids))
         size = self.microbatch
-        return [self._read_microbatch(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+        return [
+            self._read_microbatch(ordered[start : start + size]) for start in range(0, len(ordered), size)
+        ]
 
     def _read_microbatch(self, rollouts: Sequence[Rollout]) -> Microbatch:
         roles = self.roles

@@ -104,7 +104,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--rate-seconds", type=float, default=5.0, help="of a visit at the fixed rate")
     parser.add_argument("--vllm-seconds", type=float, default=6.0, help="of a visit to the real vLLM")
-    parser.add_argument("--reply-tokens", type=int, default=64, help="of a reply of the real vLLM, on average")
+    parser.add_argument(
+        "--reply-tokens", type=int, default=64, help="of a reply of the real vLLM, on average"
+    )
     parser.add_argument(
         "--state",
         type=Path,
