@@ -4,6 +4,7 @@ A request body is built anew from the fields named here, so nothing that a clien
 Used by `fleet.py` (health, loading, probing) and `chat.py` (generation).
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -14,7 +15,14 @@ from typing import Any, NamedTuple, Protocol
 import aiohttp
 import msgspec
 
-from service.errors import BadRequest, EngineGone, EngineUnavailable, PolicyNotLoaded, PolicyRefused
+from service.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    EngineGone,
+    EngineUnavailable,
+    PolicyNotLoaded,
+    PolicyRefused,
+)
 
 CONNECT_SECONDS = 2.0
 KEEP_SECONDS = 3.0
@@ -82,11 +90,19 @@ class Engine(Protocol):
     url: str
 
     def generate(
-        self, policy: str, messages: Sequence[Message], sampling: Sampling, count: int, *, stream: bool
+        self,
+        policy: str,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        count: int,
+        *,
+        stream: bool,
+        deadline: float,
     ) -> AbstractAsyncContextManager[AsyncIterator[list[Piece]]]:
         """Entered: the engine took the request (else BadRequest, PolicyNotLoaded). Leaving aborts it.
 
         Gives the pieces that came at once together. Not streamed (one reply only), entering waits for the whole.
+        deadline: by the loop's clock; waiting for a piece past it raises DeadlineExceeded.
         """
 
     async def models(self) -> Models:
@@ -119,14 +135,26 @@ class VllmEngine:
 
     @asynccontextmanager
     async def generate(
-        self, policy: str, messages: Sequence[Message], sampling: Sampling, count: int, *, stream: bool
+        self,
+        policy: str,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        count: int,
+        *,
+        stream: bool,
+        deadline: float,
     ) -> AsyncIterator[AsyncIterator[list[Piece]]]:
         response = await self._open("/v1/chat/completions", _body(policy, messages, sampling, count, stream))
+        # One alarm for the whole reply: a timeout around each read cost a tenth of a streamed token's time.
+        alarm = asyncio.get_running_loop().call_at(
+            deadline, response.content.set_exception, DeadlineExceeded("The answer took too long. Ask for fewer tokens.")
+        )
         try:
             if response.status != HTTPStatus.OK:
                 raise _refusal(response.status, _message_of(await response.text()), policy)
             yield _pieces(response.content) if stream else _only(_whole(await _read(response)))
         finally:
+            alarm.cancel()
             response.close()  # before the end: vLLM sees it and aborts the generation
 
     async def _open(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:

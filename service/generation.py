@@ -137,7 +137,10 @@ class Generation:
                 )
                 await self._open_and_begin(stack)
         except TimeoutError:
-            raise self._too_late() from None
+            seconds = self._context.settings.request_deadline_seconds
+            raise DeadlineExceeded(
+                f"The answer took longer than {seconds:g} s. Ask for fewer tokens."
+            ) from None
 
     async def _open_and_begin(self, stack: AsyncExitStack) -> None:
         self._context.fleet.route(self.asked.policy)  # raises before anything is stored
@@ -180,7 +183,12 @@ class Generation:
             async with AsyncExitStack() as attempt:
                 replica = attempt.enter_context(self._context.fleet.lease(asked.policy))
                 generated = replica.engine.generate(
-                    asked.policy, asked.messages, asked.sampling, asked.count, stream=self._streams
+                    asked.policy,
+                    asked.messages,
+                    asked.sampling,
+                    asked.count,
+                    stream=self._streams,
+                    deadline=self.deadline,
                 )
                 self._taken = True
                 try:
@@ -204,7 +212,7 @@ class Generation:
         Raises EngineUnavailable, DeadlineExceeded, MixedPolicy.
         """
         first = True
-        while (pieces := await self._next()) is not None:
+        async for pieces in self._pieces:
             self._replica.saw_token()
             if first:
                 first = False
@@ -234,17 +242,6 @@ class Generation:
             pass
         if not self._begun:
             await self._begin_whole("error")
-
-    async def _next(self) -> list[Piece] | None:
-        try:
-            async with asyncio.timeout_at(self.deadline):
-                return await anext(self._pieces, None)
-        except TimeoutError:
-            raise self._too_late() from None
-
-    def _too_late(self) -> DeadlineExceeded:
-        seconds = self._context.settings.request_deadline_seconds
-        return DeadlineExceeded(f"The answer took longer than {seconds:g} s. Ask for fewer tokens.")
 
     async def _end(self, voice: Voice, finish_reason: str) -> None:
         """Commit how a reply ended, where its row is there already; else it is stored whole."""

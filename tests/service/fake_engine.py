@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from service.engine import Message, Models, Piece, Sampling
-from service.errors import EngineGone, EngineUnavailable, PolicyNotLoaded, PolicyRefused
+from service.errors import DeadlineExceeded, EngineGone, EngineUnavailable, PolicyNotLoaded, PolicyRefused
 from service.policies import BASE
 
 
@@ -32,7 +32,14 @@ class FakeEngine:
 
     @asynccontextmanager
     async def generate(
-        self, policy: str, messages: Sequence[Message], sampling: Sampling, count: int, *, stream: bool
+        self,
+        policy: str,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        count: int,
+        *,
+        stream: bool,
+        deadline: float,
     ) -> AsyncIterator[AsyncIterator[list[Piece]]]:
         self._check_alive()
         if policy not in self.held:
@@ -45,7 +52,7 @@ class FakeEngine:
             for number, piece in enumerate(self._plan(self.model or policy, count)):
                 if number == self.breaks_after:
                     raise EngineUnavailable("The engine went away.")
-                await asyncio.sleep(self.pause_seconds)
+                await self._pause(deadline)
                 yield [piece]
             whole = True
 
@@ -53,6 +60,13 @@ class FakeEngine:
             yield pieces()
         finally:
             self.aborted += not whole
+
+    async def _pause(self, deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await asyncio.sleep(self.pause_seconds)
+        except TimeoutError:
+            raise DeadlineExceeded("The answer took too long. Ask for fewer tokens.") from None
 
     def _plan(self, model: str, count: int) -> list[Piece]:
         plan = []

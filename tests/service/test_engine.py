@@ -109,6 +109,23 @@ async def test_a_client_that_goes_away_ends_the_generation_in_the_engine(
     wait_until(lambda: rows("SELECT finish_reason FROM replies") == [("abort",)] * 3, 5)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_past_its_deadline_ends_in_an_error_and_in_the_engine(
+    serve: Serve, vllm: str, rows: Rows, stream: bool
+) -> None:
+    client = serve(url=vllm, request_deadline_seconds=0.5)
+    body = {"messages": MESSAGES, "max_tokens": 480, "stream": stream}
+    answer = client.post("/v1/chat/completions", json=body)
+    if stream:
+        assert (answer.status_code, '"type":"timeout"' in answer.text) == (200, True)
+        assert "[DONE]" not in answer.text
+    else:
+        assert (answer.status_code, answer.json()["error"]["type"]) == (504, "timeout")
+    wait_until(lambda: running(vllm) == 0, 5)
+    [(content, reason)] = rows("SELECT content, finish_reason FROM replies")
+    assert (bool(content), reason) == (stream, "error")
+
+
 def test_too_long_a_prompt_says_what_to_change(serve: Serve, vllm: str, rows: Rows) -> None:
     with pytest.raises(openai.BadRequestError, match="reduce the length") as caught:
         official(serve(url=vllm)).chat.completions.create(
