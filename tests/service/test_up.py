@@ -75,6 +75,8 @@ class Run:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                # Tests that are run under nohup would have it ignore a hang-up, as it should.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             )
         self.sessions: set[int] = set()
 

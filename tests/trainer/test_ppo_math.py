@@ -160,7 +160,8 @@ def test_whitening_leaves_mean_zero_and_at_most_unit_variance(rows: list[list[fl
     values, mask = lay_out(rows, before=1, after=1)
     white = ppo_math.whiten(values, mask)
     real = white[mask.bool()]
-    assert real.mean().item() == pytest.approx(0, abs=1e-3)
+    # of numbers that are all the same, what is left by rounding is divided by the least deviation, 1e-4
+    assert real.mean().item() == pytest.approx(0, abs=1e-2)
     assert real.square().mean().item() <= 1.001
     if values[mask.bool()].var(correction=0) > 0.01:
         assert real.square().mean().item() == pytest.approx(1, abs=1e-3)
