@@ -147,7 +147,9 @@ class VllmEngine:
         response = await self._open("/v1/chat/completions", _body(policy, messages, sampling, count, stream))
         # One alarm for the whole reply: a timeout around each read cost a tenth of a streamed token's time.
         alarm = asyncio.get_running_loop().call_at(
-            deadline, response.content.set_exception, DeadlineExceeded("The answer took too long. Ask for fewer tokens.")
+            deadline,
+            response.content.set_exception,
+            DeadlineExceeded("The answer took too long. Ask for fewer tokens."),
         )
         try:
             if response.status != HTTPStatus.OK:

@@ -7,6 +7,7 @@ A cycle that was cut off is taken up again from its snapshot; one whose policy w
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from rich.console import Console
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session, sessionmaker
+from torch.utils.tensorboard import SummaryWriter
 
 from service.policies import BASE, CHANNEL
 from service.settings import Settings
 from service.tables import Cycle, Deployment, Policy
-from trainer import ppo, preferences, publish, reward_model, snapshot
+from trainer import ppo, preferences, publish, report, reward_model, snapshot
 from trainer.guard import load_guards
 from trainer.learning import Recipe, Refused, TooFewVotes, learn
 from trainer.models import Roles
@@ -45,6 +47,7 @@ class Run:
     console: Console
     id: int
     metrics: dict[str, Any]
+    board: SummaryWriter | None = None
 
     @property
     def folder(self) -> Path:
@@ -67,6 +70,13 @@ class Run:
         self.metrics |= metrics
         with self.sessions.begin() as session:
             session.get_one(Cycle, self.id).metrics = dict(self.metrics)
+
+    def draw(self, step: int, values: Mapping[str, float]) -> None:
+        """To TensorBoard, in the cycle's folder."""
+        if self.board is None:
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
 
     def say(self, line: str) -> None:
         """One line on the console."""
@@ -99,7 +109,21 @@ def run_cycle(settings: Settings, sessions: sessionmaker[Session], cycle_id: int
     with sessions.begin() as session:
         row = session.get_one(Cycle, cycle_id)
         row.stage, row.reason, row.ended_at = stage, reason, func.now()
-    console.print(f"cycle {cycle_id}: {stage}: {reason}")
+    run.say(f"{stage}: {reason}")
+    _report(run, stage, reason)
+
+
+def _report(run: Run, stage: str, reason: str) -> None:
+    """For people. That it cannot be written is said, and changes nothing of how the cycle ended."""
+    path = run.folder / report.REPORT
+    try:
+        if run.board is not None:
+            run.board.close()
+        run.folder.mkdir(parents=True, exist_ok=True)
+        report.write(path, run.id, stage, reason, run.metrics)
+        run.say(f"report: {path}")
+    except Exception as error:
+        run.say(f"the report could not be written: {type(error).__name__}: {error}")
 
 
 def _learn(run: Run) -> str:

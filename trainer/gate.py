@@ -17,6 +17,8 @@ from trainer.repetition import repeats
 from trainer.reward_model import Head, read_features
 from trainer.rollouts import Sampler
 
+NUM_SHOWN = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -63,6 +65,8 @@ class Sample:
     """Share of replies that say a run of four words twice."""
     length: float
     """Mean tokens of a reply."""
+    shown: list[tuple[str, str]]
+    """The last message of some guard prompts, and the reply: for people to look at. No user's words are among them."""
     preference: Tensor
     """[pairs] log-probability of the chosen held-out reply less that of the rejected one."""
 
@@ -88,6 +92,10 @@ def draw_sample(
         ended=sum(rollout.ended for rollout in everything) / len(everything),
         repeated=sum(map(repeats, texts)) / len(texts),
         length=sum(len(rollout.reply_ids) for rollout in everything) / len(everything),
+        shown=[
+            (guard.messages[-1]["content"], text)
+            for guard, text in zip(guards[:NUM_SHOWN], texts[len(rollouts) :], strict=False)
+        ],
         preference=_preference(roles, [pair for pair in held_out if pair.decided]),
     )
 

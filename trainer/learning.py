@@ -3,7 +3,7 @@
 What it measures on the way goes to a `Watch`, which a cycle writes to its row, and a benchmark keeps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -44,6 +44,9 @@ class Watch(Protocol):
 
     def say(self, line: str) -> None:
         """One line for people."""
+
+    def draw(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers that change from iteration to iteration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ def learn(
         candidate = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
         kept = outcome.iterations[number]
         verdict = gate.decide(candidate, live, kept.kl, recipe.policy.kl_budget, finite)
-        watch.note(gate=verdict.as_dict() | {"iteration": number})
+        watch.note(gate=verdict.as_dict() | {"iteration": number}, samples=_side_by_side(live, candidate))
         if verdict.passed:
             return Learned(kept, ensemble, judge, _sample_probes(roles, sampler, prompts, seed))
     reason = verdict.reason if verdict else "the judge liked none of its policies better than live"
@@ -159,6 +162,13 @@ def _train(
     )
 
 
+def _side_by_side(live: gate.Sample, candidate: gate.Sample) -> list[dict[str, str]]:
+    return [
+        {"prompt": prompt, "before": before, "after": after}
+        for (prompt, before), (_, after) in zip(live.shown, candidate.shown, strict=True)
+    ]
+
+
 def anchor_features(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]], seed: int) -> Tensor:
     """[256, F] of replies by the anchor, which every score is scaled to."""
     generator = torch.Generator(device=roles.device).manual_seed(seed)
@@ -184,3 +194,4 @@ def _show(watch: Watch, method: str, iteration: ppo.Iteration, total: int) -> No
     iterations = [*before, asdict(iteration)]
     progress = {"stage": "training", "done": iteration.number + 1, "total": total}
     watch.note(training={"method": method, "iterations": iterations}, progress=progress)
+    watch.draw(iteration.number, {name: value for name, value in iterations[-1].items() if name != "number"})

@@ -1,7 +1,7 @@
 """The methods that `learning.py` compares: each learns from the same votes and answers the same questions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ class Notes:
         self.metrics |= metrics
 
     def say(self, line: str) -> None:
+        """Nothing to do."""
+
+    def draw(self, step: int, values: Mapping[str, float]) -> None:
         """Nothing to do."""
 
 

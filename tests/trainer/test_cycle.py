@@ -157,6 +157,9 @@ def test_votes_become_a_live_policy_with_its_whole_lineage(
     assert (kept["parent"], kept["anchor"], kept["snapshot"]) == (BASE, BASE, taken.sha256)
     assert ended.metrics["reward_model"]["accuracy"]["share"] == 1.0
     assert len(ended.metrics["training"]["iterations"]) == 3
+    folder = settings.state / "cycles" / f"{ended.id:06d}"
+    assert "Cycle 1: promoted" in (folder / "report.html").read_text()
+    assert list((folder / "tensorboard").glob("events*"))
 
 
 @pytest.mark.usefixtures("_open_gate")

@@ -16,6 +16,7 @@ LIVE = Sample(
     ended=1.0,
     repeated=0.0,
     length=10.0,
+    shown=[],
     preference=torch.zeros(50),
 )
 BETTER = replace(LIVE, judged=LIVE.judged + 0.5 + 0.1 * torch.linspace(1, -1, 100), preference=torch.ones(50))

@@ -1,0 +1,84 @@
+"""A cycle's report: whole, whatever stage it ended in, and nothing in it is taken for markup."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer import report
+
+ACCURACY = {"share": 0.8, "low": 0.7, "high": 0.9, "num_pairs": 60}
+ITERATION = {
+    "number": 0,
+    "kl": 0.0,
+    "score": 0.0,
+    "judge": 0.0,
+    "judge_error": 0.1,
+    "disagreement": 0.2,
+    "length": 9.0,
+}
+METRICS: dict[str, Any] = {
+    "snapshot": {"sha256": "ab" * 32, "votes": 300, "rankings": 2, "demonstrations": 1},
+    "reward_model": {
+        "accuracy": ACCURACY,
+        "log_loss": 0.45,
+        "calibration_error": 0.03,
+        "reliability": [{"confidence": 0.6, "accuracy": 0.62, "num_pairs": 30}],
+        "by_policy": {"policy-000000": ACCURACY},
+        "by_cohort": {"vote": ACCURACY},
+        "length_correlation": -0.2,
+        "held_out_by": "user and prompt",
+        "held_out_pairs": 60,
+        "train_pairs": 240,
+    },
+    "training": {
+        "method": "ppo",
+        "iterations": [ITERATION, ITERATION | {"number": 1, "kl": 0.5, "score": 0.4, "judge": 0.3}],
+        "kept": 1,
+        "why": "all iterations were done",
+    },
+    "gate": {"checks": [{"meaning": "KL", "value": 9.0, "threshold": 7.5, "passed": False}]},
+    "samples": [{"prompt": "<b>so?</b>", "before": "no", "after": "<script>alert(1)</script>"}],
+}
+SECTIONS = {
+    "snapshot": "Learnt from",
+    "reward_model": "Reward model",
+    "training": "Training (ppo)",
+    "gate": "Gate",
+    "samples": "Samples",
+}
+
+
+def test_it_says_all_that_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / report.REPORT
+    report.write(path, 7, "rejected", "The gate refused it: kl.", METRICS)
+    text = path.read_text()
+    for said in (
+        "Cycle 7: rejected",
+        "The gate refused it: kl.",
+        "300 votes, 2 rankings, 1 demonstrations",
+        "0.80 [0.70, 0.90]",
+    ):
+        assert said in text
+    for said in (
+        "Held out by user and prompt",
+        "calibration error 0.030",
+        "Kept iteration 1 of 2",
+        'class="failed">FAILED',
+    ):
+        assert said in text
+    assert text.count("<svg") == 4
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "<b>so" not in text
+    assert not list(tmp_path.glob("*.partial"))
+    report.write(tmp_path / "again.html", 7, "rejected", "The gate refused it: kl.", METRICS)
+    assert len((tmp_path / "again.html").read_text()) == pytest.approx(len(text), abs=200)
+
+
+@pytest.mark.parametrize("known", range(len(SECTIONS)))
+def test_a_cycle_that_ended_early_has_the_sections_that_it_reached(known: int, tmp_path: Path) -> None:
+    reached = list(SECTIONS)[:known]
+    report.write(tmp_path / report.REPORT, 1, "failed", "no votes", {name: METRICS[name] for name in reached})
+    text = (tmp_path / report.REPORT).read_text()
+    assert [name for name, title in SECTIONS.items() if title in text] == reached
