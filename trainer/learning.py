@@ -89,7 +89,7 @@ def learn(
     watch.enter("reward_model")
     parts = split(preferences, recipe.reward.held_out, seed)
     train, held_out = parts.train, parts.held_out
-    if not train.decided or not held_out.decided:
+    if not parts.unlike.decided or not held_out.decided:
         prompts_voted = len({source.group for source in preferences.sources})
         raise TooFewVotes(
             f"The votes are on {prompts_voted} prompts: too few to hold some out and learn from the rest."
@@ -99,8 +99,9 @@ def learn(
     own = anchor_features(roles, sampler, prompts, seed)
     ensemble = reward_model.fit(roles, train, own, recipe.reward, recipe.reward.members, seed)
     judge = reward_model.fit(roles, held_out, own, recipe.reward, 1, seed)
+    strict = reward_model.fit(roles, parts.unlike, own, recipe.reward, recipe.reward.members, seed)
     watch.note(
-        reward_model=asdict(reward_quality.measure(roles, ensemble, held_out.pairs))
+        reward_model=asdict(reward_quality.measure(roles, strict, held_out.pairs))
         | {
             "judge_accuracy": asdict(reward_quality.measure(roles, judge, train.pairs).accuracy),
             "held_out_by": parts.by,

@@ -1,7 +1,8 @@
 """What people said of replies, as training takes it: pairs with a weight, and replies that were called bad without another beside.
 
 A ranking of K replies is K (K - 1) / 2 pairs that weigh as much as one vote together (arXiv:2203.02155, section 3.5). A voter who
-gave many counts no more than `votes_per_user`. What is held out shares neither user nor prompt with what is trained on.
+gave many counts no more than `votes_per_user`. Users are held out, and accuracy on their votes is that of a model
+which has seen neither them nor their prompts.
 """
 
 import itertools
@@ -102,9 +103,12 @@ class Split:
     """What is trained on, and what is not."""
 
     train: Preferences
+    """All that is not held out."""
+    unlike: Preferences
+    """Of these, what shares no prompt with what is held out: for a model whose held-out accuracy is to be reported."""
     held_out: Preferences
     by: str
-    """`user and prompt`, or `prompt` where there are too few users to hold any out."""
+    """`user and prompt`; `user` where all ask the same, `prompt` where there are too few users to hold any out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,24 +180,24 @@ def disliked(prompt: list[int], replies: Sequence[list[int]], source: Source) ->
 
 
 def split(preferences: Preferences, share: float, seed: int) -> Split:
-    """Hold out users until `share` of the weight is theirs, and leave their prompts out of what is trained on.
+    """Hold out users until `share` of the judgements are theirs.
 
     With fewer than `FEWEST_USERS` users, hold out prompts alone.
     """
     users = {source.user for source in preferences.sources}
     if len(users) < FEWEST_USERS:
         held = _draw({source.group for source in preferences.sources}, lambda group: 1.0, share, seed)
-        return Split(
-            preferences.where(lambda source: source.group not in held),
-            preferences.where(lambda source: source.group in held),
-            by="prompt",
-        )
+        train = preferences.where(lambda source: source.group not in held)
+        return Split(train, train, preferences.where(lambda source: source.group in held), by="prompt")
     given = Counter(source.user for source in preferences.sources)
     held = _draw(users, lambda user: float(given[user]), share, seed)
     held_out = preferences.where(lambda source: source.user in held)
     seen = {source.group for source in held_out.sources}
-    train = preferences.where(lambda source: source.user not in held and source.group not in seen)
-    return Split(train, held_out, by="user and prompt")
+    train = preferences.where(lambda source: source.user not in held)
+    unlike = train.where(lambda source: source.group not in seen)
+    if not unlike.decided:  # everybody asks the same
+        return Split(train, train, held_out, by="user")
+    return Split(train, unlike, held_out, by="user and prompt")
 
 
 def _draw(names: set[str], size: Callable[[str], float], share: float, seed: int) -> set[str]:

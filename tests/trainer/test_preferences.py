@@ -75,16 +75,23 @@ def preferences(users: int, votes: int, prompts: int) -> Preferences:
     return Preferences(pairs, [])
 
 
-def test_what_is_held_out_shares_neither_user_nor_prompt_with_what_is_trained_on() -> None:
+def test_what_is_held_out_shares_no_user_with_training_and_no_prompt_with_what_is_measured() -> None:
     parts = split(preferences(users=10, votes=12, prompts=60), 0.2, seed=3)
     assert parts.by == "user and prompt"
-    assert len(parts.held_out.pairs) == 24
-    assert parts.train.pairs
-    for name in ("user", "group"):
-        seen, unseen = (
-            {getattr(pair.source, name) for pair in part.pairs} for part in (parts.train, parts.held_out)
-        )
-        assert not seen & unseen
+    assert (len(parts.held_out.pairs), len(parts.train.pairs)) == (24, 96)
+    assert 0 < len(parts.unlike.pairs) < 96
+
+    def names(part: Preferences, name: str) -> set[str]:
+        return {getattr(pair.source, name) for pair in part.pairs}
+
+    assert not names(parts.train, "user") & names(parts.held_out, "user")
+    assert not names(parts.unlike, "group") & names(parts.held_out, "group")
+
+
+def test_where_all_users_ask_the_same_users_alone_are_held_out() -> None:
+    parts = split(preferences(users=10, votes=12, prompts=3), 0.2, seed=3)
+    assert parts.by == "user"
+    assert parts.unlike is parts.train
 
 
 def test_with_few_users_prompts_are_held_out() -> None:
