@@ -22,6 +22,7 @@ from service.errors import (
     EngineUnavailable,
     PolicyNotLoaded,
     PolicyRefused,
+    RatchetError,
 )
 
 CONNECT_SECONDS = 2.0
@@ -305,7 +306,8 @@ async def _pieces(content: aiohttp.StreamReader) -> AsyncIterator[list[Piece]]:
             if pieces:
                 yield pieces
             if whole:
-                await _received(content)  # the end of the body: the connection can serve the next request
+                with suppress(RatchetError):  # the reply is whole, whatever comes now
+                    await _received(content)  # the end of the body: the connection can serve the next request
                 return
             del events[:most]
             if any(piece.text for piece in pieces):

@@ -99,7 +99,9 @@ def learn(
     own = anchor_features(roles, sampler, prompts, seed)
     ensemble = reward_model.fit(roles, train, own, recipe.reward, recipe.reward.members, seed)
     judge = reward_model.fit(roles, held_out, own, recipe.reward, 1, seed)
-    strict = reward_model.fit(roles, parts.unlike, own, recipe.reward, recipe.reward.members, seed)
+    strict = ensemble
+    if parts.unlike is not train:
+        strict = reward_model.fit(roles, parts.unlike, own, recipe.reward, recipe.reward.members, seed)
     watch.note(
         reward_model=asdict(reward_quality.measure(roles, strict, held_out.pairs))
         | {
