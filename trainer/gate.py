@@ -1,6 +1,10 @@
 """The gate: what a policy must show offline before users meet it. Every check has a number, a threshold and a verdict.
 
-Candidate and live policy answer the same prompts (held-out votes' prompts and the guard set), and are compared on them.
+Candidate and live policy answer the same prompts (held-out votes' prompts and the guard set), and are compared on them. Right
+answers to the guard set must not fall: below live's by no more than chance explains, and below the anchor's not at all, so that
+many small falls cannot add up.
+
+Legend: N replies to held-out prompts, G guard prompts.
 """
 
 import math
@@ -11,13 +15,18 @@ import torch
 from torch import Tensor
 
 from trainer.guard import Guard
-from trainer.models import POLICY, Batch, Roles
+from trainer.models import POLICY, REFERENCE, Batch, Roles
+from trainer.ppo_math import kl_k3
 from trainer.preferences import Pair
 from trainer.repetition import repeats
 from trainer.reward_model import Head, read_features
-from trainer.rollouts import Sampler
+from trainer.rollouts import Rollout, Sampler
 
 NUM_SHOWN = 10
+GUARD_DRAWS = 4
+"""Replies to each guard prompt: right answers and faults are shares, and a share of few replies says little."""
+ONE_SIDED_95 = 1.64
+"""Standard errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +66,10 @@ class Sample:
 
     judged: Tensor
     """[N] by the judge."""
-    right: float
-    """Share of guard prompts answered right; 1.0 without a guard set."""
+    right: Tensor
+    """[G] share of right replies to each guard prompt."""
+    kl: float
+    """To the anchor, nats per reply (k3)."""
     ended: float
     """Share of replies that ended by themselves."""
     repeated: float
@@ -74,21 +85,19 @@ class Sample:
 def draw_sample(
     roles: Roles, judge: Head, sampler: Sampler, held_out: Sequence[Pair], guards: Sequence[Guard], seed: int
 ) -> Sample:
-    """Answers of the policy that `roles` holds now, at least 256 to the held-out prompts and one to each guard."""
+    """Answers of the policy that `roles` holds now: at least 256 to the held-out prompts, `GUARD_DRAWS` to each guard prompt."""
     generator = torch.Generator(device=roles.device).manual_seed(seed)
     prompts = [pair.prompt for pair in held_out] * math.ceil(256 / max(1, len(held_out)))
     with roles.acting_as(POLICY):
         rollouts = sampler.sample(roles.model, prompts, generator)
-        guarded = sampler.sample(
-            roles.model, [roles.prompt_ids(guard.messages) for guard in guards], generator
-        )
+        guarded = _answer_guards(roles, sampler, guards, generator)
     everything = [*rollouts, *guarded]
     texts = [roles.decode(rollout.reply_ids) for rollout in everything]
-    right = [guard.passes(text) for guard, text in zip(guards, texts[len(rollouts) :], strict=True)]
     features = read_features(roles, [(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts])
     return Sample(
         judged=judge(features).mean(1),
-        right=sum(right) / len(right) if right else 1.0,
+        right=_shares_right(guards, texts[len(rollouts) :]),
+        kl=measure_kl(roles, rollouts),
         ended=sum(rollout.ended for rollout in everything) / len(everything),
         repeated=sum(map(repeats, texts)) / len(texts),
         length=sum(len(rollout.reply_ids) for rollout in everything) / len(everything),
@@ -100,27 +109,92 @@ def draw_sample(
     )
 
 
-def decide(candidate: Sample, live: Sample, kl: float, kl_budget: float, finite: bool) -> Verdict:
-    """Compares candidate and live. kl: of the candidate to the anchor, nats per reply."""
-    gain = (candidate.judged - live.judged).float()
-    error = (gain.std() / math.sqrt(len(gain))).item()
+def draw_anchor_right(roles: Roles, sampler: Sampler, guards: Sequence[Guard], seed: int) -> Tensor:
+    """[G] share of right replies of the anchor to each guard prompt."""
+    generator = torch.Generator(device=roles.device).manual_seed(seed)
+    with roles.acting_as(REFERENCE):
+        guarded = _answer_guards(roles, sampler, guards, generator)
+    return _shares_right(guards, [roles.decode(rollout.reply_ids) for rollout in guarded])
+
+
+def _answer_guards(
+    roles: Roles, sampler: Sampler, guards: Sequence[Guard], generator: torch.Generator
+) -> list[Rollout]:
+    """All guard prompts once, then all again, until each has `GUARD_DRAWS` replies."""
+    prompts = [roles.prompt_ids(guard.messages) for guard in guards]
+    return sampler.sample(roles.model, prompts * GUARD_DRAWS, generator)
+
+
+def _shares_right(guards: Sequence[Guard], texts: Sequence[str]) -> Tensor:
+    """[G] of texts in the order of `_answer_guards`."""
+    right = [float(guard.passes(text)) for guard, text in zip([*guards] * GUARD_DRAWS, texts, strict=True)]
+    return torch.tensor(right).view(GUARD_DRAWS, -1).mean(0)
+
+
+@torch.no_grad()
+def measure_kl(roles: Roles, rollouts: Sequence[Rollout]) -> float:
+    """Of the policy in `roles`, whose replies these are, to the anchor: nats per reply (k3)."""
+    total = 0.0
+    ordered = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.reply_ids))
+    for start in range(0, len(ordered), 64):
+        sequences = [(rollout.prompt_ids, rollout.reply_ids) for rollout in ordered[start : start + 64]]
+        batch = Batch.collate(sequences, roles.pad_id, roles.device)
+        kl = kl_k3(roles.logprobs(batch), roles.read(batch).logprobs)
+        total += (kl * batch.reply_mask).sum().item()
+    return total / len(rollouts)
+
+
+def decide(candidate: Sample, live: Sample, anchor_right: Tensor, kl_budget: float, finite: bool) -> Verdict:
+    """Compares candidate and live. anchor_right: [G] as `draw_anchor_right`."""
+    gain = _lower_bound(candidate.judged - live.judged)
+    fall = candidate.right - live.right
+    slack = ONE_SIDED_95 * _standard_error(fall)
     moved = candidate.preference - live.preference
-    agrees = (moved > 0).float().mean().item() if len(moved) else 0.5
+    agreed = (moved > 0).float()
+    agrees = agreed.mean().item() if len(agreed) else 0.5
     checks = [
+        _at_least("judge", gain, 0.0, "gain by the held-out judge, lower 95 % bound"),
         _at_least(
-            "judge", gain.mean().item() - 1.64 * error, 0.0, "gain by the held-out judge, lower 95 % bound"
+            "votes",
+            agrees,
+            0.5 - ONE_SIDED_95 * _standard_error(agreed),
+            "share of held-out votes that it agrees with more than live does, against half less what chance explains",
         ),
-        _at_least("votes", agrees, 0.5, "share of held-out votes that it agrees with more than live does"),
-        _at_least("guard", candidate.right, live.right, "share of the guard set answered right"),
+        _at_least(
+            "guard",
+            _mean(candidate.right),
+            _mean(live.right) - slack,
+            "share of right answers to the guard set, against live's less what chance explains (95 %)",
+        ),
+        _at_least(
+            "guard_anchor",
+            _mean(candidate.right),
+            _mean(anchor_right),
+            "share of right answers to the guard set, against the anchor's",
+        ),
         _at_least("ended", candidate.ended, live.ended - 0.01, "share of replies that end by themselves"),
         _at_most(
-            "repeated", candidate.repeated, live.repeated + 0.005, "share of replies that repeat themselves"
+            "repeated", candidate.repeated, live.repeated + 0.003, "share of replies that repeat themselves"
         ),
         _at_most("length", candidate.length, 2.0 * live.length, "mean reply length, tokens"),
-        _at_most("kl", kl, 1.5 * kl_budget, "KL to the anchor, nats per reply"),
+        _at_most("kl", candidate.kl, 1.5 * kl_budget, "KL to the anchor, nats per reply"),
         _at_least("finite", float(finite), 1.0, "whether every weight is a number"),
     ]
     return Verdict(checks)
+
+
+def _mean(values: Tensor) -> float:
+    """1.0 of none: without a guard set nothing can fall."""
+    return values.mean().item() if len(values) else 1.0
+
+
+def _standard_error(values: Tensor) -> float:
+    """Of the mean; 0.0 of fewer than two."""
+    return (values.float().std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
+
+
+def _lower_bound(values: Tensor) -> float:
+    return values.mean().item() - ONE_SIDED_95 * _standard_error(values)
 
 
 def _at_least(name: str, value: float, threshold: float, meaning: str) -> Check:

@@ -116,6 +116,7 @@ def learn(
     watch.enter("training")
     served = replace(sampler, min_p=recipe.served_min_p)  # the gate sees what users would see
     live = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
+    anchor_right = gate.draw_anchor_right(roles, served, guards, seed)
     outcome = _train(roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch)
     watch.note(training=watch.metrics["training"] | {"kept": outcome.kept, "why": outcome.why})
 
@@ -125,15 +126,16 @@ def learn(
     for number in dict.fromkeys((outcome.kept, outcome.kept * 2 // 3, outcome.kept // 3)):
         if number == 0:
             continue  # the weights that it began with
-        state = torch.load(ppo.checkpoint_path(checkpoints, number), weights_only=True)
+        state = ppo.load_average(checkpoints, number)
         roles.load_policy_state(state)
         finite = all(bool(weights.isfinite().all()) for weights in state.values())
         candidate = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
-        kept = outcome.iterations[number]
-        verdict = gate.decide(candidate, live, kept.kl, recipe.policy.kl_budget, finite)
+        verdict = gate.decide(candidate, live, anchor_right, recipe.policy.kl_budget, finite)
         watch.note(gate=verdict.as_dict() | {"iteration": number}, samples=_side_by_side(live, candidate))
         if verdict.passed:
-            return Learned(kept, ensemble, judge, _sample_probes(roles, sampler, prompts, seed))
+            return Learned(
+                outcome.iterations[number], ensemble, judge, _sample_probes(roles, sampler, prompts, seed)
+            )
     reason = verdict.reason if verdict else "the judge liked none of its policies better than live"
     raise Refused(f"The gate refused it: {reason}.")
 

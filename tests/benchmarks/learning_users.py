@@ -15,8 +15,8 @@ from service.tables import Message
 from trainer import tastes, world
 from trainer.demo_client import Reply
 from trainer.demo_scores import is_spoilt, win_rate
-from trainer.models import POLICY, REFERENCE, Batch, Roles
-from trainer.ppo_math import kl_k3
+from trainer.gate import measure_kl
+from trainer.models import POLICY, REFERENCE, Roles
 from trainer.rollouts import Rollout, Sampler
 from trainer.simulated_users import draw_evaluation
 from trainer.snapshot import RANKS, Feedback
@@ -113,18 +113,6 @@ def judge_replies(
         spoilt=sum(map(is_spoilt, replies)) / len(replies),
         kl=kl,
     )
-
-
-@torch.no_grad()
-def measure_kl(roles: Roles, rollouts: Sequence[Rollout]) -> float:
-    """Of the policy in `roles` to the anchor (k3), nats per reply."""
-    total = 0.0
-    for start in range(0, len(rollouts), 128):
-        sequences = [(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts[start : start + 128]]
-        batch = Batch.collate(sequences, roles.pad_id, roles.device)
-        kl = kl_k3(roles.logprobs(batch), roles.read(batch).logprobs)
-        total += (kl * batch.reply_mask).sum().item()
-    return total / len(rollouts)
 
 
 def sample_anchor(roles: Roles, prompts: Sequence[list[int]], seed: int) -> list[Rollout]:

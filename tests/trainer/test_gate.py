@@ -12,18 +12,26 @@ from trainer.guard import Guard, load_guards
 
 LIVE = Sample(
     judged=torch.linspace(-1, 1, 100),
-    right=0.7,
+    right=torch.tensor([1.0] * 70 + [0.0] * 30),
+    kl=2.0,
     ended=1.0,
     repeated=0.0,
     length=10.0,
     shown=[],
     preference=torch.zeros(50),
 )
+ANCHOR_RIGHT = torch.tensor([1.0] * 60 + [0.0] * 40)
 BETTER = replace(LIVE, judged=LIVE.judged + 0.5 + 0.1 * torch.linspace(1, -1, 100), preference=torch.ones(50))
 
 
-def failed(candidate: Sample, kl: float = 3.0, finite: bool = True) -> list[str]:
-    return [check.name for check in decide(candidate, LIVE, kl, 5.0, finite).checks if not check.passed]
+def failed(candidate: Sample, anchor_right: torch.Tensor = ANCHOR_RIGHT, finite: bool = True) -> list[str]:
+    checks = decide(candidate, LIVE, anchor_right, 5.0, finite).checks
+    return [check.name for check in checks if not check.passed]
+
+
+def guard_shares(right: int) -> torch.Tensor:
+    """So many of 100 guard prompts answered right."""
+    return torch.tensor([1.0] * right + [0.0] * (100 - right))
 
 
 def test_a_better_policy_passes() -> None:
@@ -36,7 +44,8 @@ def test_a_better_policy_passes() -> None:
         ({"judged": LIVE.judged - 0.1}, "judge"),
         ({"judged": LIVE.judged * float("nan")}, "judge"),
         ({"preference": -torch.ones(50)}, "votes"),
-        ({"right": 0.69}, "guard"),
+        ({"right": guard_shares(63)}, "guard"),
+        ({"kl": 8.0}, "kl"),
         ({"ended": 0.95}, "ended"),
         ({"repeated": 0.05}, "repeated"),
         ({"length": 25.0}, "length"),
@@ -46,9 +55,25 @@ def test_each_check_refuses_by_itself(change: dict[str, object], check: str) -> 
     assert failed(replace(BETTER, **change)) == [check]  # type: ignore[arg-type]
 
 
-def test_kl_past_its_budget_and_broken_weights_are_refused() -> None:
-    assert failed(BETTER, kl=8.0) == ["kl"]
+def test_broken_weights_are_refused() -> None:
     assert failed(BETTER, finite=False) == ["finite"]
+
+
+def test_chance_may_cost_a_right_answer_but_not_below_the_anchor() -> None:
+    slightly_worse = replace(BETTER, right=guard_shares(69))
+    assert failed(slightly_worse) == []
+    assert failed(slightly_worse, anchor_right=LIVE.right) == ["guard_anchor"]
+
+
+def test_without_a_guard_set_nothing_of_it_can_fall() -> None:
+    none = torch.zeros(0)
+    live, candidate = replace(LIVE, right=none), replace(BETTER, right=none)
+    assert decide(candidate, live, none, 5.0, finite=True).passed
+
+
+def test_chance_in_few_held_out_votes_refuses_nothing() -> None:
+    agrees_in_24_of_50 = torch.tensor([1.0] * 24 + [-1.0] * 26)
+    assert failed(replace(BETTER, preference=agrees_in_24_of_50)) == []
 
 
 def test_a_guard_needs_its_right_and_forbids_its_wrong() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tiny_model import make_model
-from trainer import ppo, reward_model
+from trainer import ppo, ppo_math, reward_model
 from trainer.models import POLICY, Batch, Roles
 from trainer.ppo import PPO, Iteration, NonFinite, PPOSettings, choose_kept
 from trainer.reward_model import Head
@@ -138,6 +138,28 @@ def test_a_loss_that_is_no_number_ends_the_run(roles: Roles) -> None:
     training.ensemble = replace(training.ensemble, offset=torch.tensor([float("nan")]))
     with pytest.raises(NonFinite, match="loss became nan"):
         training.iterate(0)
+
+
+def test_steps_grow_over_the_warm_up_and_shrink_after_it(roles: Roles) -> None:
+    run = start(roles, replace(SETTINGS, iterations=10, warmup=2, rollouts=16, last_learning_rate=0.0))
+    rates = []
+    for number in (0, 1, 2, 9):
+        run.iterate(number)
+        rates.append(run.optimizer.param_groups[0]["lr"] / run.learning_rate)
+    assert rates == pytest.approx([0.0, 0.45, 0.8, 0.1])
+
+
+def test_the_average_is_of_the_last_half_and_of_ten_at_most(tmp_path: Path) -> None:
+    for number in range(31):
+        torch.save({"weight": torch.tensor([float(number)])}, ppo.checkpoint_path(tmp_path, number))
+    means = {number: ppo.load_average(tmp_path, number)["weight"].item() for number in (1, 4, 30)}
+    assert means == {1: 1.0, 4: 3.5, 30: 25.5}
+
+
+def test_one_unlikely_token_does_not_move_what_kl_is_steered_by() -> None:
+    likely, unlikely = torch.tensor([-1.0]), torch.tensor([-9.0])
+    assert ppo_math.kl_k3(unlikely, likely).item() > 1000
+    assert ppo_math.kl_k1(unlikely, likely).item() == -8.0
 
 
 def judged(*scores: float) -> list[Iteration]:
