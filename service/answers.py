@@ -27,7 +27,7 @@ class Answer:
         self._generation = generation
         self._id = generation.stored.id
         self._created = int(time.time())
-        self._model = ALIAS if generation.asked.pairing else generation.asked.policy
+        self._model = ALIAS if generation.asked.pairing else generation.asked.policies[0]
         self._head = (
             b'data: {"id":%b,"object":"chat.completion.chunk","created":%d,"model":%b,"choices":['
             % (encode(self._id), self._created, encode(self._model))

@@ -25,6 +25,7 @@ from service import (
     exports,
     imports,
     keys,
+    lineage,
     metrics,
     operator,
     pages,
@@ -44,6 +45,7 @@ from service.journal import Journal
 from service.keyring import KeyRing
 from service.limits import Limits
 from service.reconciler import Reconciler
+from service.referee import Referee
 from service.settings import Settings
 from service.vote_count import VoteCount
 
@@ -57,6 +59,7 @@ ROUTERS = (
     conversations.router,
     users.router,
     operator.router,
+    lineage.router,
     exports.router,
     imports.router,
     keys.router,
@@ -133,7 +136,8 @@ async def _start(stack: AsyncExitStack, settings: Settings, connect: Connect) ->
         limits=Limits(settings),
         votes=VoteCount(),
     )
-    reconciler = Reconciler(context.fleet, context.sessions, database_url(settings))
+    referee = Referee(context.sessions, settings)
+    reconciler = Reconciler(context.fleet, referee, context.sessions, database_url(settings))
     task = asyncio.create_task(reconciler.run(), name="reconciler")
     stack.push_async_callback(_stop, task)
     return context

@@ -94,5 +94,6 @@ async def _operator(identity: IdentityDep) -> Identity:
 
 
 LabelerDep = Annotated[Identity, Depends(_labeler)]
+OperatorDep = Annotated[Identity, Depends(_operator)]
 KNOWN_CALLER = Depends(identify)
 OPERATOR_ONLY = Depends(_operator)

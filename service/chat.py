@@ -13,6 +13,7 @@ from service.answers import Answer
 from service.auth import IdentityDep
 from service.context import Context, ContextDep
 from service.conversations import read_context
+from service.duels import Match
 from service.engine import Sampling
 from service.errors import BadRequest, NotFound
 from service.generation import Asked, Generation, generating
@@ -75,13 +76,15 @@ async def _checked(body: ChatRequest, identity: Identity, context: Context) -> A
     if body.conversation is not None:
         messages = await read_context(context.sessions, body.conversation, user) + messages
     pairing = await _pairing(body, sampling, user, context)
+    duel = _draw_duel(context) if pairing is not None else None
+    policy = _policy(body.model, context)
     return Asked(
         user=user,
         messages=messages,
-        policy=_policy(body.model, context),
+        policies=(duel.challenger, duel.incumbent) if duel else (policy,) * (1 if pairing is None else 2),
         sampling=sampling,
         pairing=pairing,
-        count=1 if pairing is None else 2,
+        duel_id=duel.id if duel else None,
         conversation=body.conversation,
         stream=bool(body.stream),
     )
@@ -110,6 +113,16 @@ def _policy(model: str, context: Context) -> str:
             code="model_not_found",
         )
     return model
+
+
+def _draw_duel(context: Context) -> Match | None:
+    """The duel that this comparison is of, if it is of one."""
+    match = context.fleet.match()
+    if match is None:
+        return None
+    settings = context.settings
+    share = settings.duel_share if match.kind == "trial" else settings.watch_share
+    return match if CHANCE.random() < share else None
 
 
 def read_sampling(body: ChatRequest, context: Context) -> Sampling:
@@ -167,6 +180,8 @@ async def _seen(context: Context, user: UserName) -> tuple[bool, int]:
 def _headers(body: ChatRequest, asked: Asked, generation: Generation) -> dict[str, str]:
     """In a comparison nothing tells the policy; its id is here too, for clients that hide fields they do not know."""
     comparison_id = generation.stored.comparison_id
-    headers = {"x-ratchet-comparison": comparison_id} if comparison_id else {"x-ratchet-policy": asked.policy}
+    headers = (
+        {"x-ratchet-comparison": comparison_id} if comparison_id else {"x-ratchet-policy": asked.policies[0]}
+    )
     ignored = [name for name in body.model_extra or {} if SAFE_NAME.fullmatch(name)][:MOST_IGNORED]
     return headers | ({"x-ratchet-ignored": ", ".join(ignored)} if ignored else {})

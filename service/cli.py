@@ -63,9 +63,65 @@ def start_cycle() -> None:
 
 
 @app.command()
-def rollback() -> None:
+def duels() -> None:
+    """List the duels between policies, the newest first, with their votes."""
+    rows = _call("GET", "/operator/duels")
+    for row in rows:
+        row |= {name: row["metrics"].get(name, 0) for name in ("wins", "losses", "ties")}
+        row["outcome"] = row["outcome"] or "running"
+    _show(rows, ["id", "kind", "challenger", "incumbent", "wins", "losses", "ties", "outcome", "created_at"])
+
+
+@app.command()
+def actions() -> None:
+    """List what operators did, the newest first."""
+    _show(_call("GET", "/operator/actions"), ["created_at", "account", "action", "subject", "reason"])
+
+
+Why = Annotated[str, typer.Option("--why", help="Kept with the action.")]
+
+
+@app.command()
+def rollback(why: Why = "") -> None:
     """Make the previous policy live again."""
-    print(f"{_call('POST', '/operator/rollback')['live']} is live.")
+    _move("rollback", why)
+
+
+@app.command()
+def promote(why: Why = "") -> None:
+    """Let the challenger go live now, whatever the votes say so far."""
+    _move("promote", why)
+
+
+@app.command()
+def reject(why: Why = "") -> None:
+    """End the challenger's trial."""
+    _move("reject", why)
+
+
+def _move(action: str, why: str) -> None:
+    answer = _call("POST", f"/operator/{action}", {"reason": why} if why else {})
+    print(f"{answer['live']} is live.")
+
+
+@app.command()
+def lineage(
+    number: Annotated[
+        str, typer.Argument(metavar="ID", help="Of a reply (chatcmpl-) or a comparison (cmp-).")
+    ],
+) -> None:
+    """From a reply, the way back to the base; from a comparison's votes, every policy that learnt from them."""
+    kind = "comparisons" if number.startswith("cmp-") else "replies"
+    answer = _call("GET", f"/operator/{kind}/{quote(number, safe='')}/lineage")
+    if kind == "replies":
+        _show(
+            answer["policies"],
+            ["name", "state", "parent", "cycle_id", "num_feedback", "snapshot_sha256", "created_at"],
+        )
+        return
+    for given in answer["feedback"]:
+        print(f"{given['kind']} {given['id']}:")
+        _show(given["policies"], ["name", "directly"])
 
 
 @key_app.command("create")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from service import metrics
+from service.duels import Match
 from service.engine import Engine
 from service.errors import EngineUnavailable, PolicyRefused
 from service.policies import BASE, Manifest
@@ -101,6 +102,8 @@ class Fleet:
         self.replicas = [Replica(engine) for engine in engines]
         self._deployment: Deployment | None = None
         """The pointer as the database last said; None until it has been read."""
+        self.duel: Match | None = None
+        """The duel that runs, as the database last said."""
 
     def policies(self) -> list[str]:
         """Names of the policies that can be asked for now, in order."""
@@ -117,6 +120,14 @@ class Fleet:
                 "The service is starting. Try again in a moment.", code="engine_not_ready"
             )
         return self._deployment.live
+
+    def match(self) -> Match | None:
+        """The duel that can be shown now: it fits the pointer, and a replica is ready for each of the two."""
+        duel, deployment = self.duel, self._deployment
+        if duel is None or deployment is None or not duel.fits(deployment):
+            return None
+        ready = self.policies()
+        return duel if {duel.challenger, duel.incumbent} <= set(ready) else None
 
     def point(self, deployment: Deployment) -> None:
         """Answer with its live policy from now on, unless a later change is known already."""

@@ -1,6 +1,6 @@
 """One request being answered: routed, generated and stored, whichever way it ends. Knows nothing of HTTP.
 
-A reply is answered by exactly one policy, named when it begins. No database session is held meanwhile.
+A reply is of exactly one policy, named when it begins; in a duel the two replies are of two. No database session is held meanwhile.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from service.engine import Message, Piece, Sampling
 from service.errors import DeadlineExceeded, EngineGone, MixedPolicy, PolicyNotLoaded, RatchetError
 from service.fleet import Replica
 from service.journal import Begun, Ended, Stored, UserName
+from service.merging import merged
 from service.pairing import Objection, Pairing, objection, shown_order
 
 log = logging.getLogger("ratchet.generation")
@@ -30,14 +31,19 @@ class Asked:
 
     user: UserName
     messages: list[Message]
-    policy: str
+    policies: tuple[str, ...]
+    """The policy of each reply that is asked for; in a duel they differ."""
     sampling: Sampling
     pairing: Pairing | None
     """Set where more than one reply is asked for."""
-    count: int = 1
-    """Number of replies."""
+    duel_id: int | None = None
     conversation: str | None = None
     stream: bool = True
+
+    @property
+    def count(self) -> int:
+        """Number of replies."""
+        return len(self.policies)
 
 
 @dataclass(slots=True)
@@ -45,6 +51,7 @@ class Voice:
     """One reply under way."""
 
     reply_id: str
+    policy: str
     text: list[str] = field(default_factory=list)
     logprobs: list[bytes] = field(default_factory=list)
     finish_reason: str | None = None
@@ -97,13 +104,13 @@ class Generation:
     def __init__(self, context: Context, asked: Asked) -> None:
         self.asked = asked
         self.stored = Stored.new(asked.count, asked.pairing is not None)
-        self.voices = [Voice(reply_id) for reply_id in self.stored.reply_ids]
+        self._order = shown_order(asked.count, SystemRandom())
+        shown_policies = [asked.policies[self._order.index(position)] for position in range(asked.count)]
+        self.voices = list(map(Voice, self.stored.reply_ids, shown_policies))
         self.deadline = asyncio.get_running_loop().time() + context.settings.request_deadline_seconds
         self._context = context
-        self._replica: Replica
         self._pieces: AsyncIterator[list[Piece]]
         self._started = time.monotonic()
-        self._order = shown_order(asked.count, SystemRandom())
         self._taken = False
         """Whether an engine works on it, as far as is known."""
         self._begun = False
@@ -143,7 +150,8 @@ class Generation:
             ) from None
 
     async def _open_and_begin(self, stack: AsyncExitStack) -> None:
-        self._context.fleet.route(self.asked.policy)  # raises before anything is stored
+        for policy in set(self.asked.policies):
+            self._context.fleet.route(policy)  # raises before anything is stored
         if not self.asked.stream:
             await self._open(stack)
             return
@@ -160,12 +168,13 @@ class Generation:
             Begun(
                 user=asked.user,
                 messages=asked.messages,
-                policy=asked.policy,
+                policies=[voice.policy for voice in self.voices],
                 sampling=asked.sampling,
                 pairing=asked.pairing,
                 conversation=asked.conversation,
                 stored=self.stored,
                 ended=ended,
+                duel_id=asked.duel_id,
             )
         )
         self._begun = True
@@ -177,29 +186,41 @@ class Generation:
         await self._begin(tuple(voice.ended(voice.finish_reason or otherwise) for voice in self.voices))
 
     async def _open(self, stack: AsyncExitStack) -> None:
+        """One request to an engine, which then reads the prompt once; in a duel, one for each of the two."""
+        asked = self.asked
+        if len(set(asked.policies)) == 1:
+            self._pieces = await self._open_part(stack, asked.policies[0], 0, asked.count)
+            return
+        parts = [await self._open_part(stack, policy, i, 1) for i, policy in enumerate(asked.policies)]
+        together = merged(parts)
+        stack.push_async_callback(together.aclose)
+        self._pieces = together
+
+    async def _open_part(
+        self, stack: AsyncExitStack, policy: str, first: int, count: int
+    ) -> AsyncIterator[list[Piece]]:
         """Try replicas until one takes the request. Each that fails is routed to no more, so this ends."""
         asked = self.asked
         while True:
             async with AsyncExitStack() as attempt:
-                replica = attempt.enter_context(self._context.fleet.lease(asked.policy))
+                replica = attempt.enter_context(self._context.fleet.lease(policy))
                 generated = replica.engine.generate(
-                    asked.policy,
+                    policy,
                     asked.messages,
                     asked.sampling,
-                    asked.count,
+                    count,
                     stream=self._streams,
                     deadline=self.deadline,
                 )
                 self._taken = True
                 try:
-                    self._pieces = await attempt.enter_async_context(generated)
+                    pieces = await attempt.enter_async_context(generated)
                 except RatchetError as error:
-                    self._taken = False
-                    _note_failure(replica, asked.policy, error)
+                    self._taken = first > 0  # where the other one of a duel is under way
+                    _note_failure(replica, policy, error)
                     continue
-                self._replica = replica
                 stack.push_async_exit(attempt.pop_all())
-                return
+                return _heard(replica, pieces, first)
 
     @property
     def _streams(self) -> bool:
@@ -213,7 +234,6 @@ class Generation:
         """
         first = True
         async for pieces in self._pieces:
-            self._replica.saw_token()
             if first:
                 first = False
                 metrics.FIRST_TOKEN_SECONDS.observe(time.monotonic() - self._started)
@@ -229,7 +249,7 @@ class Generation:
                 yield ending
 
     def _place(self, piece: Piece) -> Shown:
-        if piece.model != self.asked.policy:
+        if piece.model != self.asked.policies[piece.reply]:
             metrics.MIXED_POLICY.inc()
             raise MixedPolicy("The engine answered with another policy than the one asked for. Try again.")
         position = self._order[piece.reply]
@@ -248,8 +268,17 @@ class Generation:
         if self._begun:
             await self._context.journal.end(voice.reply_id, voice.ended(finish_reason))
         voice.finish_reason = finish_reason
-        metrics.REPLIES.labels(self.asked.policy, finish_reason).inc()
-        metrics.REPLY_TOKENS.labels(self.asked.policy).inc(voice.completion_tokens)
+        metrics.REPLIES.labels(voice.policy, finish_reason).inc()
+        metrics.REPLY_TOKENS.labels(voice.policy).inc(voice.completion_tokens)
+
+
+async def _heard(
+    replica: Replica, pieces: AsyncIterator[list[Piece]], first: int
+) -> AsyncIterator[list[Piece]]:
+    """A replica's pieces, its replies numbered from `first`; each proves that it works."""
+    async for each in pieces:
+        replica.saw_token()
+        yield [piece._replace(reply=piece.reply + first) for piece in each] if first else each
 
 
 def _note_failure(replica: Replica, policy: str, error: RatchetError) -> None:

@@ -70,12 +70,15 @@ class Begun:
 
     user: UserName
     messages: Sequence[Message]
-    policy: str
+    policies: Sequence[str]
+    """Of each reply, in the order shown."""
     sampling: Sampling
     pairing: Pairing | None
     conversation: str | None
     stored: Stored
     ended: tuple[Ended, ...] | None = None
+    duel_id: int | None = None
+    """The duel that the comparison is of."""
 
 
 @dataclass(slots=True)
@@ -108,9 +111,10 @@ prompt AS MATERIALIZED (
         content text, finish_reason text, prompt_tokens int, completion_tokens int)
     JOIN prompt USING (number)
 ), new_comparisons AS (
-    INSERT INTO comparisons (id, prompt_id, user_id, reason, propensity)
-    SELECT c.id, prompt.id, prompt.user_id, c.reason, c.propensity
-    FROM batch, jsonb_to_recordset(rows->'comparisons') AS c (number int, id text, reason text, propensity float8)
+    INSERT INTO comparisons (id, prompt_id, user_id, reason, propensity, duel_id)
+    SELECT c.id, prompt.id, prompt.user_id, c.reason, c.propensity, c.duel_id
+    FROM batch, jsonb_to_recordset(rows->'comparisons')
+    AS c (number int, id text, reason text, propensity float8, duel_id bigint)
     JOIN prompt USING (number)
 ), shown AS (
     INSERT INTO comparison_replies (comparison_id, position, reply_id)
@@ -278,7 +282,7 @@ class Journal:
             )
             rows["replies"] += _reply_rows(number, one)
             if one.pairing is not None:
-                rows["comparisons"].append(_comparison_row(number, one.stored, one.pairing))
+                rows["comparisons"].append(_comparison_row(number, one, one.pairing))
                 rows["shown"] += _shown_rows(one.stored)
         rows["ended"] = [{"id": reply_id, **_ended_row(end)} for reply_id, end in ended]
         return rows
@@ -287,8 +291,8 @@ class Journal:
 def _reply_rows(number: int, one: Begun) -> list[dict[str, Any]]:
     ended = one.ended or (None,) * len(one.stored.reply_ids)
     return [
-        {"number": number, "id": reply_id, "policy": one.policy, "sampling": one.sampling, **_ended_row(end)}
-        for reply_id, end in zip(one.stored.reply_ids, ended, strict=True)
+        {"number": number, "id": reply_id, "policy": policy, "sampling": one.sampling, **_ended_row(end)}
+        for reply_id, policy, end in zip(one.stored.reply_ids, one.policies, ended, strict=True)
     ]
 
 
@@ -304,12 +308,13 @@ def _ended_row(ended: Ended | None) -> dict[str, Any]:
     }
 
 
-def _comparison_row(number: int, stored: Stored, pairing: Pairing) -> dict[str, Any]:
+def _comparison_row(number: int, one: Begun, pairing: Pairing) -> dict[str, Any]:
     return {
         "number": number,
-        "id": stored.comparison_id,
+        "id": one.stored.comparison_id,
         "reason": pairing.reason,
         "propensity": pairing.propensity,
+        "duel_id": one.duel_id,
     }
 
 

@@ -30,6 +30,21 @@ REPLICA_HEALTHY = Gauge("ratchet_replica_healthy", "1 where a replica generates 
 RECONCILE_ERRORS = Counter("ratchet_reconcile_errors", "Rounds of the reconciler that failed.")
 LIVE = Gauge("ratchet_live", "1 for the policy that answers.", ["policy"])
 
+DUELS = Counter(
+    "ratchet_duels", "Duels that ended, by kind and outcome for the challenger.", ["kind", "outcome"]
+)
+DUEL_VOTES = Gauge(
+    "ratchet_duel_votes",
+    "Votes of the last duel of a kind, by result for the challenger.",
+    ["kind", "result"],
+)
+
+
+def show_duel(kind: str, wins: int, losses: int, ties: int) -> None:
+    """Let `ratchet_duel_votes` show this tally."""
+    for result, votes in (("win", wins), ("loss", losses), ("tie", ties)):
+        DUEL_VOTES.labels(kind, result).set(votes)
+
 
 def show_live(policy: str) -> None:
     """Let `ratchet_live` name exactly this policy."""

@@ -1,16 +1,25 @@
-"""`/operator/...`: policies, the pointer and cycles, for whoever runs Ratchet."""
+"""`/operator/...`: policies, the pointer, duels and cycles, for whoever runs Ratchet. What is done is recorded with who, when, why."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Path
 from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from service import metrics, policies
-from service.auth import OPERATOR_ONLY
-from service.context import ContextDep
+from service.auth import OPERATOR_ONLY, OperatorDep
+from service.context import Context, ContextDep
 from service.errors import Conflict, EngineUnavailable, NotFound
-from service.operator_schemas import CycleView, DeploymentView, PolicyView
-from service.tables import Cycle, Policy
+from service.keyring import Identity
+from service.operator_schemas import (
+    ActionRequest,
+    ActionView,
+    CycleView,
+    DeploymentView,
+    DuelView,
+    PolicyView,
+)
+from service.tables import Cycle, Deployment, Duel, OperatorAction, Policy
 
 router = APIRouter(prefix="/operator", tags=["operator"], dependencies=[OPERATOR_ONLY])
 
@@ -31,13 +40,87 @@ async def read_deployment(context: ContextDep) -> DeploymentView:
 
 
 @router.post("/rollback")
-async def roll_back(context: ContextDep) -> DeploymentView:
+async def roll_back(
+    identity: OperatorDep, context: ContextDep, body: ActionRequest | None = None
+) -> DeploymentView:
     """Exchange the live policy and the previous one."""
     async with context.sessions.begin() as session:
         deployment = await policies.roll_back(session)
-        if deployment.live not in context.fleet.policies():  # raising undoes the exchange
-            raise EngineUnavailable(f"No engine has {deployment.live} loaded yet. Try again in a moment.")
+        _check_ready(deployment.live, context)  # raising undoes the exchange
+        _record(session, identity, "rollback", deployment.live, body)
     metrics.ROLLBACKS.inc()
+    return _moved(deployment, context)
+
+
+@router.post("/promote")
+async def promote(
+    identity: OperatorDep, context: ContextDep, body: ActionRequest | None = None
+) -> DeploymentView:
+    """Let the challenger on trial go live now, whatever the votes say so far."""
+    async with context.sessions.begin() as session:
+        challenger = await _on_trial(session)
+        if (await session.get_one(Policy, challenger)).state != "verified":
+            raise Conflict(
+                f"{challenger} is not verified yet. Try again in a moment.", code="policy_not_verified"
+            )
+        _check_ready(challenger, context)
+        deployment = await policies.promote(session, challenger)
+        _record(session, identity, "promote", challenger, body)
+    metrics.SWAPS.labels("promoted").inc()
+    return _moved(deployment, context)
+
+
+@router.post("/reject")
+async def reject(
+    identity: OperatorDep, context: ContextDep, body: ActionRequest | None = None
+) -> DeploymentView:
+    """End the trial of the challenger; live stays."""
+    async with context.sessions.begin() as session:
+        challenger = await _on_trial(session)
+        deployment = await policies.reject(session, challenger, "An operator rejected it.")
+        _record(session, identity, "reject", challenger, body)
+    return _moved(deployment, context)
+
+
+@router.get("/duels")
+async def list_duels(context: ContextDep) -> list[DuelView]:
+    """Every duel, the newest first."""
+    async with context.sessions() as session:
+        rows = await session.scalars(select(Duel).order_by(Duel.id.desc()))
+        return [DuelView.model_validate(row) for row in rows]
+
+
+@router.get("/actions")
+async def list_actions(context: ContextDep) -> list[ActionView]:
+    """What operators did: the last thousand actions, the newest first."""
+    async with context.sessions() as session:
+        rows = await session.scalars(select(OperatorAction).order_by(OperatorAction.id.desc()).limit(1000))
+        return [ActionView.model_validate(row) for row in rows]
+
+
+async def _on_trial(session: AsyncSession) -> str:
+    """The challenger's name. Raises Conflict where there is none. Until the transaction ends it stays what it is."""
+    challenger = (await policies.lock_deployment(session)).challenger
+    if challenger is None:
+        raise Conflict("No policy is on trial.", code="no_challenger")
+    return challenger
+
+
+def _check_ready(policy: str, context: Context) -> None:
+    if policy not in context.fleet.policies():
+        raise EngineUnavailable(f"No engine has {policy} loaded yet. Try again in a moment.")
+
+
+def _record(
+    session: AsyncSession, identity: Identity, action: str, subject: str, body: ActionRequest | None
+) -> None:
+    reason = body.reason if body else None
+    session.add(OperatorAction(account=identity.account, action=action, subject=subject, reason=reason))
+
+
+def _moved(deployment: Deployment | None, context: Context) -> DeploymentView:
+    """Answer by it from now on. The pointer was locked: the challenger could not be taken away meanwhile."""
+    assert deployment is not None
     context.fleet.point(deployment)
     return DeploymentView.model_validate(deployment)
 
@@ -63,7 +146,9 @@ async def read_cycle(
 
 
 @router.post("/cycles", status_code=201)
-async def start_cycle(context: ContextDep) -> CycleView:
+async def start_cycle(
+    identity: OperatorDep, context: ContextDep, body: ActionRequest | None = None
+) -> CycleView:
     """Ask for a cycle now; the trainer picks it up within its tick."""
     async with context.sessions.begin() as session:
         await session.execute(text("LOCK TABLE cycles IN SHARE ROW EXCLUSIVE MODE"))  # two askers, one cycle
@@ -74,4 +159,5 @@ async def start_cycle(context: ContextDep) -> CycleView:
         session.add(cycle)
         await session.flush()
         await session.refresh(cycle)
+        _record(session, identity, "start cycle", str(cycle.id), body)
         return CycleView.model_validate(cycle)

@@ -16,10 +16,11 @@ class PolicyView(BaseModel):
     name: str = Field(description="Its name.")
     parent: str | None = Field(description="The policy that it was trained from.")
     cycle_id: int | None = Field(description="The cycle that made it; null for the base.")
-    state: Literal["published", "verified", "rejected", "refused"] = Field(
-        description="`verified` can answer; `rejected` by the gate; `refused` when it was to be loaded."
+    state: Literal["published", "verified", "rejected", "refused", "rolled_back"] = Field(
+        description="`verified` can answer; `rejected` by the users' votes or an operator; `refused` when it was to be loaded; "
+        "`rolled_back` was live, and lost to the policy before it."
     )
-    reason: str | None = Field(description="Why it was rejected or refused.")
+    reason: str | None = Field(description="Why it was rejected, refused or rolled back.")
     manifest: dict[str, Any] = Field(description="What the trainer recorded of it.")
     created_at: datetime = Field(description="When it was published.")
 
@@ -33,6 +34,45 @@ class DeploymentView(BaseModel):
     challenger: str | None = Field(description="The policy on trial.")
     previous: str | None = Field(description="The policy to fall back to.")
     changed_at: datetime = Field(description="When the pointer last moved.")
+
+
+class DuelView(BaseModel):
+    """A duel, for the operator."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int = Field(description="Its number.")
+    kind: Literal["trial", "watch"] = Field(
+        description="`trial`: the challenger must win to go live. `watch`: it is live, and must not lose."
+    )
+    challenger: str = Field(description="The newer policy.")
+    incumbent: str = Field(description="The policy that it is compared with.")
+    outcome: Literal["better", "worse", "undecided", "stopped"] | None = Field(
+        description="Of the challenger; null while it runs."
+    )
+    reason: str | None = Field(description="The votes, or what stopped it.")
+    metrics: dict[str, Any] = Field(description="Votes, win rate with its interval, and the evidence so far.")
+    created_at: datetime = Field(description="When it began.")
+    ended_at: datetime | None = Field(description="When it ended.")
+
+
+class ActionRequest(BaseModel):
+    """Why an operator does something."""
+
+    reason: Annotated[str, Field(max_length=2000)] | None = Field(None, description="Kept with the action.")
+
+
+class ActionView(BaseModel):
+    """What an operator did."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int = Field(description="Its number.")
+    account: str = Field(description="Whose key it was; empty where none was needed.")
+    action: str = Field(description="What was done.")
+    subject: str | None = Field(description="The policy or cycle that it was done to.")
+    reason: str | None = Field(description="Why, in the operator's words.")
+    created_at: datetime = Field(description="When.")
 
 
 class CycleView(BaseModel):

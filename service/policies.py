@@ -111,7 +111,7 @@ async def wanted(session: AsyncSession) -> tuple[Deployment, list[Wanted]]:
 
 async def promote(session: AsyncSession, name: str) -> Deployment | None:
     """The swap: live becomes previous, the verified challenger live. None where it is challenger no more."""
-    deployment = await _locked(session)
+    deployment = await lock_deployment(session)
     if deployment.challenger != name:
         return None
     await _set_state(session, name, "verified", None)
@@ -120,28 +120,43 @@ async def promote(session: AsyncSession, name: str) -> Deployment | None:
     return deployment
 
 
-async def refuse(session: AsyncSession, name: str, reason: str) -> bool:
-    """End a challenger that failed a check; live stays untouched. False where it is challenger no more."""
-    deployment = await _locked(session)
+async def refuse(session: AsyncSession, name: str, reason: str) -> Deployment | None:
+    """End a challenger that failed a check; live stays untouched. None where it is challenger no more."""
+    return await _end_challenger(session, name, "refused", reason)
+
+
+async def reject(session: AsyncSession, name: str, reason: str) -> Deployment | None:
+    """End a challenger that did not win; live stays untouched. None where it is challenger no more."""
+    return await _end_challenger(session, name, "rejected", reason)
+
+
+async def _end_challenger(session: AsyncSession, name: str, state: str, reason: str) -> Deployment | None:
+    deployment = await lock_deployment(session)
     if deployment.challenger != name:
-        return False
-    await _set_state(session, name, "refused", reason)
+        return None
+    await _set_state(session, name, state, reason)
     deployment.challenger = None
     await _announce(session, deployment)
-    return True
+    return deployment
 
 
-async def roll_back(session: AsyncSession) -> Deployment:
-    """Exchange live and previous. Raises Conflict where there is no previous policy."""
-    deployment = await _locked(session)
+async def roll_back(session: AsyncSession, because: str | None = None) -> Deployment:
+    """Exchange live and previous. Raises Conflict where there is no previous policy.
+
+    because: what is wrong with the one that was live; without it, it keeps its state, and the next call brings it back.
+    """
+    deployment = await lock_deployment(session)
     if deployment.previous is None:
         raise Conflict("There is no previous policy to go back to.", code="no_previous_policy")
+    if because is not None:
+        await _set_state(session, deployment.live, "rolled_back", because)
     deployment.live, deployment.previous = deployment.previous, deployment.live
     await _announce(session, deployment)
     return deployment
 
 
-async def _locked(session: AsyncSession) -> Deployment:
+async def lock_deployment(session: AsyncSession) -> Deployment:
+    """The pointer, which nobody else moves until the transaction ends."""
     return (
         await session.execute(select(Deployment).where(Deployment.id == 1).with_for_update())
     ).scalar_one()

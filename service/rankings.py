@@ -45,10 +45,9 @@ async def _sample(body: ComparisonRequest, identity: Identity, context: Context)
     asked = Asked(
         user=identity.user(body.user),
         messages=read_messages(body.messages),
-        policy=context.fleet.live_policy(),
+        policies=(context.fleet.live_policy(),) * body.count,
         sampling=read_sampling(as_chat, context),
         pairing=Pairing("labeler", 1.0),
-        count=body.count,
         stream=False,
     )
     async with generating(context, asked) as generation:

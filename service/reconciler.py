@@ -1,8 +1,8 @@
 """Makes every replica agree with the database: loads, verifies, swaps, unloads. Runs beside the requests.
 
 Every service process loads and verifies for itself (both can be repeated safely); only the leader, who holds
-a PostgreSQL advisory lock, decides on a challenger and unloads. Woken by channel `deployment`, else once a
-second.
+a PostgreSQL advisory lock, refuses a challenger, lets the referee look at the votes, and unloads. Woken by channel
+`deployment`, else once a second.
 """
 
 import asyncio
@@ -15,10 +15,11 @@ import psycopg
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from service import metrics, policies
+from service import duels, metrics, policies
 from service.errors import EngineUnavailable, PolicyRefused
 from service.fleet import Fleet, Replica
 from service.policies import BASE, CHANNEL, Manifest, Wanted
+from service.referee import Referee
 
 log = logging.getLogger("ratchet.reconciler")
 
@@ -33,8 +34,11 @@ OURS = re.compile(r"policy-\d{6}")
 class Reconciler:
     """One per service process. `run` never returns."""
 
-    def __init__(self, fleet: Fleet, sessions: async_sessionmaker[AsyncSession], url: URL) -> None:
+    def __init__(
+        self, fleet: Fleet, referee: Referee, sessions: async_sessionmaker[AsyncSession], url: URL
+    ) -> None:
         self._fleet = fleet
+        self._referee = referee
         self._sessions = sessions
         self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._manifests: dict[str, Manifest] = {}
@@ -67,10 +71,15 @@ class Reconciler:
         """Look at every replica and bring it one step nearer to what the database wants."""
         async with self._sessions() as session:
             deployment, wanted = await policies.wanted(session)
+            running = await duels.read_open(session)
         self._fleet.point(deployment)
+        self._fleet.duel = duels.as_match(running) if running is not None else None
         await asyncio.gather(*(self._agree(replica, wanted, leads) for replica in self._fleet.replicas))
-        if leads and deployment.challenger is not None:
-            await self._decide(deployment.challenger)
+        if leads:
+            verified = await self._verified(deployment.challenger)
+            moved = await self._referee.look(verified) if verified or running else None
+            if moved is not None:
+                self._fleet.point(moved)
 
     async def _agree(self, replica: Replica, wanted: list[Wanted], leads: bool) -> None:
         """Load and verify what is missing on one replica; the leader also unloads what nobody wants."""
@@ -111,21 +120,18 @@ class Reconciler:
             self._manifests[policy.name] = await asyncio.to_thread(policies.read_folder, policy.name, path)
         return self._manifests[policy.name]
 
-    async def _decide(self, challenger: str) -> None:
-        """Swap once every healthy replica has verified the challenger; refuse it if one of them cannot."""
+    async def _verified(self, challenger: str | None) -> str | None:
+        """The challenger once every healthy replica has verified it; refuses it where one of them cannot."""
+        if challenger is None:
+            return None
         healthy = [replica for replica in self._fleet.replicas if replica.healthy]
         reasons = [replica.refused[challenger] for replica in healthy if challenger in replica.refused]
         if reasons:
             async with self._sessions.begin() as session:
                 await policies.refuse(session, challenger, reasons[0])
             metrics.SWAPS.labels("refused").inc()
-        elif healthy and all(challenger in replica.verified for replica in healthy):
-            async with self._sessions.begin() as session:
-                swapped = await policies.promote(session, challenger)
-            if swapped:
-                metrics.SWAPS.labels("promoted").inc()
-                self._fleet.point(swapped)
-                log.info("%s is live", challenger)
+            return None
+        return challenger if healthy and all(challenger in each.verified for each in healthy) else None
 
 
 async def _try_to_lead(connection: psycopg.AsyncConnection) -> bool:

@@ -73,6 +73,20 @@ class Settings(BaseSettings):
     vote_revision_seconds: float = Field(86400.0, ge=0)
     """How long after it was given a vote or a ranking may be changed or taken back."""
 
+    # --- duels
+    duel_votes: int = Field(400, ge=0)
+    """Votes after which a duel ends undecided; 0: no duels, what passes the gate and its probe goes live at once."""
+    duel_hours: float = Field(168.0, gt=0)
+    """Hours after which a duel ends undecided."""
+    duel_share: float = Field(0.8, gt=0, le=1)
+    """Share of comparisons that are between challenger and live while a challenger is on trial."""
+    watch_share: float = Field(0.1, ge=0, le=1)
+    """Share of comparisons that are between live and the policy before it, after a promotion; 0: none."""
+    duel_votes_per_user: int = Field(100, ge=1)
+    """Votes of one user that count in a duel: the first ones."""
+    duel_error: float = Field(0.05, gt=0, lt=0.5)
+    """Probability with which a policy that is no better is promoted, or one that is no worse rolled back, however often one looks."""
+
     # --- who may ask, and how much
     require_keys: bool = False
     """Refuse calls without a key on loopback too. Elsewhere (`RATCHET_HOST`) a key is always needed."""

@@ -21,6 +21,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     func,
+    text,
     true,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -35,12 +36,15 @@ CYCLE_STAGES = (
     "training",
     "gate",
     "swap",
+    "duel",
     "promoted",
     "rejected",
     "failed",
 )
 ROLES = ("user", "labeler", "operator")
-POLICY_STATES = ("published", "verified", "rejected", "refused")
+POLICY_STATES = ("published", "verified", "rejected", "refused", "rolled_back")
+DUEL_KINDS = ("trial", "watch")
+DUEL_OUTCOMES = ("better", "worse", "undecided", "stopped")
 
 
 class Message(TypedDict):
@@ -137,8 +141,9 @@ class Policy(Table):
     """The policy's folder (adapter, `manifest.json`, `READY`), or the base model's folder or id."""
     cycle_id: Mapped[int | None] = mapped_column(ForeignKey("cycles.id", use_alter=True), index=True)
     state: Mapped[str]
-    """published: the trainer wrote it. verified: every replica reproduced its probe. rejected: by the gate.
-    refused: a check before loading or the probe failed; `reason` says which."""
+    """published: the trainer wrote it. verified: every replica reproduced its probe. rejected: by the users' votes or an
+    operator. refused: a check before loading or the probe failed. rolled_back: it was live, and lost to the policy before
+    it. `reason` says more."""
     reason: Mapped[str | None]
     manifest: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
@@ -155,6 +160,44 @@ class Deployment(Table):
     previous: Mapped[str | None] = mapped_column(ForeignKey("policies.name"))
     changed_at: Mapped[datetime] = mapped_column(server_default=func.now())
     __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+
+class Duel(Table):
+    """Blind comparisons between two policies, until the votes decide. At most one is open."""
+
+    __tablename__ = "duels"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    kind: Mapped[str]
+    """trial: the challenger must win to go live. watch: it is live, and must not lose to the policy before it."""
+    challenger: Mapped[str] = mapped_column(ForeignKey("policies.name"))
+    incumbent: Mapped[str] = mapped_column(ForeignKey("policies.name"))
+    outcome: Mapped[str | None]
+    """Of the challenger: `better`, `worse`, or `undecided` at the cap on votes or time; `stopped`: overtaken by something
+    else, as `reason` says."""
+    reason: Mapped[str | None]
+    metrics: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
+    """The tally and what it proves, as of the last look."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[datetime | None]
+    __table_args__ = (
+        _one_of("kind", DUEL_KINDS, "kind"),
+        _one_of("outcome", DUEL_OUTCOMES, "outcome"),
+        Index("uq_duels_open", text("(ended_at IS NULL)"), unique=True, postgresql_where="ended_at IS NULL"),
+    )
+
+
+class OperatorAction(Table):
+    """What an operator did, when and why. Written with what it did, in one transaction."""
+
+    __tablename__ = "operator_actions"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    account: Mapped[str]
+    """Whose key it was; empty where none was needed."""
+    action: Mapped[str]
+    subject: Mapped[str | None]
+    """The policy or cycle that it was done to."""
+    reason: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Reply(Table):
@@ -206,8 +249,13 @@ class Comparison(Table):
     propensity: Mapped[float]
     """Probability with which this comparison was shown, in (0, 1]."""
     import_id: Mapped[int | None] = mapped_column(ForeignKey("imports.id"), index=True)
+    duel_id: Mapped[int | None] = mapped_column(ForeignKey("duels.id"))
+    """Set where its replies are of two policies."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    __table_args__ = (Index(None, "user_id", "created_at"),)
+    __table_args__ = (
+        Index(None, "user_id", "created_at"),
+        Index(None, "duel_id", postgresql_where="duel_id IS NOT NULL"),
+    )
 
 
 class ComparisonReply(Table):

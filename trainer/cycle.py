@@ -1,7 +1,7 @@
-"""READ FIRST. One cycle: snapshot -> reward model -> PPO -> gate -> swap, from votes to a policy that answers users.
+"""READ FIRST. One cycle: snapshot -> reward model -> PPO -> gate -> swap -> duel, from votes to a policy that answers users.
 
 Every stage is written to the cycle's row as it begins, with what it measured, so that the pages and the command line can watch.
-A cycle that was cut off is taken up again from its snapshot; one whose policy was published already only waits for the swap.
+A cycle that was cut off is taken up again from its snapshot; one whose policy was published already only waits for what becomes of it.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from service.policies import BASE, CHANNEL
 from service.settings import Settings
-from service.tables import Cycle, Deployment, Policy
+from service.tables import Cycle, Deployment, Duel, Policy
 from trainer import ppo, preferences, publish, report, reward_model, snapshot
 from trainer.guard import load_guards
 from trainer.learning import Recipe, Refused, TooFewVotes, learn
@@ -255,16 +255,26 @@ def _find_published(run: Run) -> str | None:
 
 
 def _await_swap(run: Run, policy: str) -> tuple[str, str]:
-    """Until the service has verified the policy and routes to it, or has refused it."""
+    """Until the service routes to the policy, or has refused it, or the users have: a duel takes as long as its votes."""
     deadline = time.monotonic() + SWAP_SECONDS
-    while time.monotonic() < deadline:
+    on_trial = False
+    while on_trial or time.monotonic() < deadline:
         with run.sessions() as session:
             row = session.get_one(Policy, policy)
-            challenger = session.get_one(Deployment, 1).challenger
+            deployment = session.get_one(Deployment, 1)
+            duel = session.scalar(select(Duel).where(Duel.challenger == policy).order_by(Duel.id.desc()))
         if row.state == "refused":
             return "failed", f"{policy} was not let live: {row.reason}"
-        if row.state == "verified" and challenger != policy:
+        if row.state == "rejected":
+            return "rejected", f"{policy} did not go live: {row.reason}"
+        if row.state == "verified" and deployment.challenger != policy:
             return "promoted", f"{policy} is live."
+        if duel is not None:
+            if not on_trial:
+                run.enter("duel")
+                on_trial = True
+            if duel.metrics != run.metrics.get("duel"):
+                run.note(duel=duel.metrics)
         time.sleep(0.25)
     return (
         "failed",

@@ -65,6 +65,7 @@ def own_loop(demo: Path, name: str, model: Path, *, seed: int, cycle_votes: int)
         "RATCHET_MODEL": str(model),
         "RATCHET_SEED": str(seed),
         "RATCHET_CYCLE_VOTES": str(cycle_votes),
+        "RATCHET_DUEL_VOTES": "0",  # what training makes of the votes is measured, not whether a few more prove it
     }
     # Another loop's database or engines must not be this one's.
     words = [

@@ -34,6 +34,7 @@ def write(path: Path, cycle_id: int, stage: str, reason: str, metrics: Mapping[s
         _reward_model(metrics.get("reward_model") or {}),
         _training(metrics.get("training") or {}),
         _gate(metrics.get("gate") or {}),
+        _duel(metrics.get("duel") or {}),
         _samples(metrics.get("samples") or []),
     ]
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Cycle {cycle_id}</title><style>{STYLE}</style>'
@@ -123,6 +124,23 @@ def _gate(found: Mapping[str, Any]) -> str:
         verdict = "passed" if check["passed"] else "FAILED"
         rows.append((check["meaning"], f"{check['value']:.3f}", f"{check['threshold']:.3f}", verdict))
     return "<h2>Gate</h2>" + _table(("check", "value", "threshold", "verdict"), rows) if rows else ""
+
+
+def _duel(found: Mapping[str, Any]) -> str:
+    if "interval" not in found:
+        return ""
+    rows = [
+        (
+            str(found["wins"]),
+            str(found["losses"]),
+            str(found["ties"]),
+            f"{found['interval']['low']:.2f} to {found['interval']['high']:.2f}",
+            f"{found['evidence_better']:.3g}",
+            f"{found['evidence_worse']:.3g}",
+        )
+    ]
+    head = ("votes for it", "for live", "for neither", "its chance of a decided vote (95 %)")
+    return "<h2>Duel</h2>" + _table((*head, "evidence that it is better", "that it is worse"), rows)
 
 
 def _samples(samples: Sequence[Mapping[str, str]]) -> str:

@@ -111,7 +111,9 @@ function setRunning(controller) {
 async function showStatus() {
   try {
     const now = await status();
-    const cycle = now.cycle_stage ? `, learning now (${now.cycle_stage})` : "";
+    const stage = now.cycle_stage;
+    const learning = stage === "duel" ? "a new policy is on trial" : `learning now (${stage})`;
+    const cycle = stage ? `, ${learning}` : "";
     byId("status").textContent = `${now.live} answers. ${now.votes} votes, ${now.cycles} cycles so far${cycle}.`;
   } catch (error) {
     byId("status").textContent = error instanceof Trouble ? error.message : "";

@@ -74,7 +74,7 @@ class Side:
         return Begun(
             user=UserName("", user),
             messages=[Message("user", "What colour is a lemon?")],
-            policy=BASE,
+            policies=(BASE, BASE),
             sampling=SAMPLING,
             pairing=Pairing("auto", 1.0),
             conversation=None,

@@ -56,7 +56,8 @@ def serve(prepared: Settings) -> Iterator[Serve]:
     with contextlib.ExitStack() as stack:
 
         def start(*fakes: FakeEngine, url: str = "", ready: bool = True, **changes: object) -> httpx.Client:
-            settings = prepared.model_copy(update={"engine_urls": (url,), **changes})
+            # Without duels a challenger goes live at once: what most tests are about begins there.
+            settings = prepared.model_copy(update={"engine_urls": (url,), "duel_votes": 0, **changes})
             connect: Connect | None = (lambda *_: list(fakes)) if fakes else None
             server = stack.enter_context(running(settings, connect))
             client = stack.enter_context(httpx.Client(base_url=address_of(server), timeout=60))

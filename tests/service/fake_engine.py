@@ -16,6 +16,8 @@ class FakeEngine:
 
     url: str = "fake"
     replies: tuple[str, ...] = ("one two", "three four")
+    says: dict[str, str] = field(default_factory=dict)
+    """What a policy says instead."""
     held: set[str] = field(default_factory=lambda: {BASE})
     alive: bool = True
     model: str | None = None
@@ -49,7 +51,8 @@ class FakeEngine:
 
         async def pieces() -> AsyncIterator[list[Piece]]:
             nonlocal whole
-            for number, piece in enumerate(self._plan(self.model or policy, count)):
+            replies = (self.says[policy],) if policy in self.says else self.replies
+            for number, piece in enumerate(self._plan(replies, self.model or policy, count)):
                 if number == self.breaks_after:
                     raise EngineUnavailable("The engine went away.")
                 await self._pause(deadline)
@@ -68,10 +71,10 @@ class FakeEngine:
         except TimeoutError:
             raise DeadlineExceeded("The answer took too long. Ask for fewer tokens.") from None
 
-    def _plan(self, model: str, count: int) -> list[Piece]:
+    def _plan(self, replies: Sequence[str], model: str, count: int) -> list[Piece]:
         plan = []
         for index in range(count):
-            words = self.replies[index % len(self.replies)].split(" ")
+            words = replies[index % len(replies)].split(" ")
             for number, word in enumerate(words, start=1):
                 last = number == len(words)
                 plan.append(Piece(index, word + " " * (not last), "stop" if last else None, 7, number, model))

@@ -36,7 +36,7 @@ async def prepare_comparisons(settings: Settings, user: str, count: int) -> list
         Begun(
             user=UserName("", user),
             messages=[Message("user", "hi")],
-            policy=BASE,
+            policies=(BASE, BASE),
             sampling=SAMPLING,
             pairing=Pairing("always", 1.0),
             conversation=None,

@@ -24,7 +24,7 @@ def begun(user: str = "ada", *, replies: int = 1, policy: str = BASE, ended: boo
     return Begun(
         user=UserName("", user),
         messages=[Message("user", 'hé \\ "quoted"')],
-        policy=policy,
+        policies=(policy,) * replies,
         sampling=SAMPLING,
         pairing=pairing,
         conversation=None,

@@ -20,6 +20,7 @@ from service.tables import (
     Cycle,
     Demonstration,
     Deployment,
+    Duel,
     Policy,
     Prompt,
     Ranking,
@@ -128,6 +129,31 @@ def accept_challengers(sessions: sessionmaker[Session]) -> threading.Thread:
     return thread
 
 
+def try_challengers(sessions: sessionmaker[Session]) -> threading.Thread:
+    """Stands in for the service: puts the next challenger on trial, which it loses."""
+
+    def watch() -> None:
+        name = None
+        for _ in range(600):
+            time.sleep(0.1)
+            with sessions.begin() as session:
+                deployment = session.get_one(Deployment, 1)
+                if name is None and deployment.challenger is not None:
+                    name = deployment.challenger
+                    session.get_one(Policy, name).state = "verified"
+                    votes = {"wins": 3, "losses": 17}
+                    session.add(Duel(kind="trial", challenger=name, incumbent=deployment.live, metrics=votes))
+                elif name is not None and session.get_one(Cycle, 1).stage == "duel":
+                    policy = session.get_one(Policy, name)
+                    policy.state, policy.reason = "rejected", "the votes prove it worse"
+                    deployment.challenger = None
+                    return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
 @pytest.fixture
 def _open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model learns nothing that a gate would let pass."""
@@ -175,6 +201,19 @@ def test_a_policy_can_be_learnt_by_trl_from_the_votes_directly(
     assert (ended.stage, ended.metrics["training"]["method"]) == ("promoted", method)
     with sessions() as session:
         assert session.get_one(Policy, "policy-000001").manifest["settings"]["method"] == method
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_a_cycle_waits_for_its_policys_duel_and_says_how_it_ended(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_votes(sessions, 40)
+    watcher = try_challengers(sessions)
+    ended = run(settings, sessions, request_cycle(sessions))
+    watcher.join()
+    assert ended.stage == "rejected"
+    assert ended.reason == "policy-000001 did not go live: the votes prove it worse"
+    assert ended.metrics["duel"] == {"wins": 3, "losses": 17}
 
 
 @pytest.mark.usefixtures("_open_gate")

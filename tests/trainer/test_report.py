@@ -38,6 +38,14 @@ METRICS: dict[str, Any] = {
         "why": "all iterations were done",
     },
     "gate": {"checks": [{"meaning": "KL", "value": 9.0, "threshold": 7.5, "passed": False}]},
+    "duel": {
+        "wins": 31,
+        "losses": 12,
+        "ties": 3,
+        "interval": {"low": 0.52, "high": 0.86},
+        "evidence_better": 24.0,
+        "evidence_worse": 0.1,
+    },
     "samples": [{"prompt": "<b>so?</b>", "before": "no", "after": "<script>alert(1)</script>"}],
 }
 SECTIONS = {
@@ -45,6 +53,7 @@ SECTIONS = {
     "reward_model": "Reward model",
     "training": "Training (ppo)",
     "gate": "Gate",
+    "duel": "Duel",
     "samples": "Samples",
 }
 
@@ -64,6 +73,7 @@ def test_it_says_all_that_was_measured(tmp_path: Path) -> None:
         "Held out by user and prompt",
         "calibration error 0.030",
         "Kept iteration 1 of 2",
+        "0.52 to 0.86",
         'class="failed">FAILED',
     ):
         assert said in text

@@ -1,0 +1,107 @@
+"""Decides duels by the users' votes: who goes live, who is rejected, who is taken back. One leader at a time runs it.
+
+A challenger that every replica has verified goes on trial against live. It goes live once the votes prove it better; it is
+rejected once they prove it worse, or when votes or time run out. Then it is watched against the policy before it, and taken
+back by itself once the votes prove it worse.
+"""
+
+import logging
+from dataclasses import asdict
+from datetime import timedelta
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from service import duels, metrics, policies
+from service.duel import Rules, decide
+from service.duels import Outcome
+from service.settings import Settings
+from service.tables import Deployment, Duel, Policy
+
+log = logging.getLogger("ratchet.referee")
+
+
+class Referee:
+    """One per service process; the reconciler's leader asks it at every look."""
+
+    def __init__(self, sessions: async_sessionmaker[AsyncSession], settings: Settings) -> None:
+        self._sessions = sessions
+        self._settings = settings
+
+    async def look(self, verified: str | None) -> Deployment | None:
+        """One look at the votes. verified: a challenger that every replica has verified, if there is one.
+
+        Returns the pointer where it moved.
+        """
+        async with self._sessions.begin() as session:
+            deployment = await policies.lock_deployment(session)
+            running = await duels.read_open(session)
+            if running is not None and not duels.as_match(running).fits(deployment):
+                await duels.end(
+                    session, running, "stopped", "Another policy went live, or the trial was ended."
+                )
+                running = None
+            if verified is not None and verified == deployment.challenger:
+                if self._settings.duel_votes == 0:
+                    return await self._promote(session, verified)
+                if running is None or running.kind != "trial":
+                    await self._begin_trial(session, deployment, verified)
+                    return deployment
+            if running is None or (running.kind == "trial" and verified != running.challenger):
+                return None  # nobody goes live whom a replica does not hold just now
+            return await self._decide(session, running)
+
+    async def _begin_trial(self, session: AsyncSession, deployment: Deployment, challenger: str) -> None:
+        policy = await session.get_one(Policy, challenger)
+        policy.state = "verified"
+        await duels.begin(session, "trial", challenger, deployment.live)
+        log.info("%s is on trial against %s", challenger, deployment.live)
+
+    async def _decide(self, session: AsyncSession, duel: Duel) -> Deployment | None:
+        settings = self._settings
+        counted = await duels.count(session, duel, settings.duel_votes_per_user)
+        rules = Rules(max(1, settings.duel_votes), settings.duel_error, settings.duel_error)
+        verdict = decide(counted.tally, rules)
+        now = counted.as_dict() | asdict(verdict)
+        if duel.metrics != now:
+            duel.metrics = now
+        metrics.show_duel(duel.kind, counted.tally.wins, counted.tally.losses, counted.tally.ties)
+        outcome: Outcome | None = verdict.outcome
+        if outcome is None and await self._is_overdue(session, duel):
+            outcome = "undecided"
+        if outcome is None:
+            return None
+        tally = counted.tally
+        reason = f"{tally.wins} votes for {duel.challenger}, {tally.losses} for {duel.incumbent}, {tally.ties} for neither."
+        await duels.end(session, duel, outcome, reason)
+        metrics.DUELS.labels(duel.kind, outcome).inc()
+        log.info("%s of %s: %s; %s", duel.kind, duel.challenger, outcome, reason)
+        return await self._act(session, duel, outcome, reason)
+
+    async def _is_overdue(self, session: AsyncSession, duel: Duel) -> bool:
+        limit = timedelta(hours=self._settings.duel_hours)
+        return bool(await session.scalar(select(func.clock_timestamp() - duel.created_at > limit)))
+
+    async def _act(
+        self, session: AsyncSession, duel: Duel, outcome: Outcome, reason: str
+    ) -> Deployment | None:
+        if duel.kind == "trial":
+            if outcome == "better":
+                return await self._promote(session, duel.challenger)
+            why = "the votes prove it worse" if outcome == "worse" else "the votes do not prove it better"
+            return await policies.reject(session, duel.challenger, f"{why}: {reason}")
+        if outcome == "worse":
+            metrics.ROLLBACKS.inc()
+            return await policies.roll_back(session, because=f"the votes prove it worse: {reason}")
+        return None
+
+    async def _promote(self, session: AsyncSession, challenger: str) -> Deployment | None:
+        deployment = await policies.promote(session, challenger)
+        if deployment is None:
+            return None
+        metrics.SWAPS.labels("promoted").inc()
+        log.info("%s is live", challenger)
+        watches = self._settings.duel_votes > 0 and self._settings.watch_share > 0
+        if watches and deployment.previous is not None:
+            await duels.begin(session, "watch", deployment.live, deployment.previous)
+        return deployment
