@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.guard import Guard
+from trainer.iterations import Guarded
 from trainer.models import POLICY, REFERENCE, Batch, Roles
 from trainer.ppo_math import kl_k3
 from trainer.preferences import Pair
@@ -25,6 +26,8 @@ from trainer.rollouts import Rollout, Sampler
 NUM_SHOWN = 10
 GUARD_DRAWS = 4
 """Replies to each guard prompt: right answers and faults are shares, and a share of few replies says little."""
+WATCHED = 64
+"""Guard prompts that are asked in each iteration of training."""
 ONE_SIDED_95 = 1.64
 """Standard errors."""
 
@@ -115,6 +118,34 @@ def draw_anchor_right(roles: Roles, sampler: Sampler, guards: Sequence[Guard], s
     with roles.acting_as(REFERENCE):
         guarded = _answer_guards(roles, sampler, guards, generator)
     return _shares_right(guards, [roles.decode(rollout.reply_ids) for rollout in guarded])
+
+
+@dataclass(frozen=True, slots=True)
+class GuardSet:
+    """Watches the guard set while the policy in `roles` is trained."""
+
+    roles: Roles
+    sampler: Sampler
+    guards: Sequence[Guard]
+    live: float
+    """Share that the live policy answers right."""
+    seed: int
+
+    def ask(self, number: int) -> Guarded:
+        """`WATCHED` prompts, the next ones in each iteration."""
+        chosen = [
+            self.guards[(number * WATCHED + index) % len(self.guards)]
+            for index in range(min(WATCHED, len(self.guards)))
+        ]
+        generator = torch.Generator(device=self.roles.device).manual_seed(self.seed + number)
+        prompts = [self.roles.prompt_ids(guard.messages) for guard in chosen]
+        with self.roles.acting_as(POLICY):
+            rollouts = self.sampler.sample(self.roles.model, prompts, generator)
+        right = [
+            guard.passes(self.roles.decode(rollout.reply_ids))
+            for guard, rollout in zip(chosen, rollouts, strict=True)
+        ]
+        return Guarded(sum(right), len(right), self.live)
 
 
 def _answer_guards(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer import gate, ppo, preference_methods, reward_model, reward_quality
 from trainer.guard import Guard
+from trainer.iterations import GuardWatch, Iteration, Outcome, load_average
 from trainer.models import POLICY, REFERENCE, Roles
 from trainer.preferences import Pair, Preferences, split
 from trainer.reward_model import Head
@@ -65,7 +66,7 @@ class Recipe:
 class Learned:
     """A policy that passed the gate; its weights are in the roles that were trained."""
 
-    kept: ppo.Iteration
+    kept: Iteration
     ensemble: Head
     judge: Head
     probes: list[Rollout]
@@ -81,7 +82,7 @@ def learn(
     checkpoints: Path,
     watch: Watch,
 ) -> Learned:
-    """Trains the policy in `roles`, which begins as the live one. Raises TooFewVotes, Refused, ppo.NonFinite."""
+    """Trains the policy in `roles`, which begins as the live one. Raises TooFewVotes, Refused, NonFinite."""
     decided = len(preferences.decided)
     if decided < MIN_PAIRS:
         raise TooFewVotes(f"{decided} votes prefer one reply, and {MIN_PAIRS} are needed.")
@@ -117,7 +118,8 @@ def learn(
     served = replace(sampler, min_p=recipe.served_min_p)  # the gate sees what users would see
     live = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
     anchor_right = gate.draw_anchor_right(roles, served, guards, seed)
-    outcome = _train(roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch)
+    guard = gate.GuardSet(roles, served, guards, live.right.mean().item(), seed) if guards else None
+    outcome = _train(roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch, guard)
     watch.note(training=watch.metrics["training"] | {"kept": outcome.kept, "why": outcome.why})
 
     watch.enter("gate")
@@ -126,7 +128,7 @@ def learn(
     for number in dict.fromkeys((outcome.kept, outcome.kept * 2 // 3, outcome.kept // 3)):
         if number == 0:
             continue  # the weights that it began with
-        state = ppo.load_average(checkpoints, number)
+        state = load_average(checkpoints, number)
         roles.load_policy_state(state)
         finite = all(bool(weights.isfinite().all()) for weights in state.values())
         candidate = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
@@ -150,20 +152,21 @@ def _train(
     seed: int,
     checkpoints: Path,
     watch: Watch,
-) -> ppo.Outcome:
+    guard: GuardWatch | None,
+) -> Outcome:
     """By the recipe's method; each measures its iterations alike."""
     if recipe.method == "ppo":
         total = recipe.policy.iterations
         training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed)
         return ppo.train(
-            training, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, total)
+            training, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, total), guard
         )
     settings = preference_methods.PreferenceSettings(method=recipe.method)
     run = preference_methods.PreferenceRun(
         roles, ensemble, judge, pairs, prompts, settings, recipe.policy, seed
     )
     return preference_methods.train(
-        run, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, settings.iterations)
+        run, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, settings.iterations), guard
     )
 
 
@@ -189,14 +192,22 @@ def _sample_probes(roles: Roles, sampler: Sampler, prompts: list[list[int]], see
         return sampler.sample(roles.model, prompts[:16], generator)
 
 
-def _show(watch: Watch, method: str, iteration: ppo.Iteration, total: int) -> None:
+def _show(watch: Watch, method: str, iteration: Iteration, total: int) -> None:
     watch.say(
         f"{method} {iteration.number + 1}/{total}  score {iteration.score:+.2f}  "
         f"judge {iteration.judge:+.2f}±{iteration.judge_error:.2f}  KL {iteration.kl:.2f}  "
-        f"length {iteration.length:.1f}  ended {iteration.ended:.0%}"
+        f"length {iteration.length:.1f}  ended {iteration.ended:.0%}{_guard_words(iteration)}"
     )
     before = watch.metrics.get("training", {}).get("iterations", [])[: iteration.number]
     iterations = [*before, asdict(iteration)]
     progress = {"stage": "training", "done": iteration.number + 1, "total": total}
     watch.note(training={"method": method, "iterations": iterations}, progress=progress)
-    watch.draw(iteration.number, {name: value for name, value in iterations[-1].items() if name != "number"})
+    numbers = {name: value for name, value in iterations[-1].items() if name not in ("number", "guard")}
+    if iteration.guard is not None:
+        numbers["guard"] = iteration.guard.num_right / iteration.guard.num_asked
+    watch.draw(iteration.number, numbers)
+
+
+def _guard_words(iteration: Iteration) -> str:
+    guard = iteration.guard
+    return f"  guard {guard.num_right}/{guard.num_asked}" if guard else ""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from trainer import ppo_math
+from trainer.iterations import Iteration
 from trainer.models import Batch, Roles
-from trainer.ppo import Iteration, Microbatch, PPOSettings, disagreement, pessimistic
+from trainer.ppo import Microbatch, PPOSettings, disagreement, pessimistic
 from trainer.repetition import repeats
 from trainer.reward_model import Head, reward_features
 from trainer.rollouts import Rollout

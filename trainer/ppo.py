@@ -10,7 +10,7 @@ Legend: B sequences, L tokens of prompt and reply, N rollouts of an iteration, K
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,23 @@ import torch
 from torch import Tensor
 
 from trainer import ppo_math
+from trainer.iterations import (
+    ALL_DONE,
+    GuardWatch,
+    Iteration,
+    NonFinite,
+    Outcome,
+    checkpoint_path,
+    choose_kept,
+    guarded,
+    objection,
+    save,
+)
 from trainer.models import POLICY, Batch, Roles
 from trainer.repetition import repeats
 from trainer.reward_model import Head, reward_features
 from trainer.rollouts import Rollout, Sampler
 from trainer.value import Value, value_features
-
-
-class NonFinite(RuntimeError):
-    """A loss was not a number. The cycle ends; the live policy stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,35 +73,6 @@ class PPOSettings:
     max_tokens: int = 64
     """Longest reply, end token included."""
     temperature: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Iteration:
-    """What one iteration measured, on the rollouts of the policy that it began with."""
-
-    number: int
-    score: float
-    """Mean pessimistic ensemble score, in standard deviations over the anchor's replies."""
-    judge: float
-    """Mean score by the judge, in its own standard deviations over the anchor's replies."""
-    judge_error: float
-    """Standard error of `judge`."""
-    disagreement: float
-    kl: float
-    """To the anchor: nats per reply (k3)."""
-    kl_coefficient: float
-    entropy: float
-    """Mean -log-probability per sampled token, nats."""
-    length: float
-    """Mean reply length in tokens."""
-    ended: float
-    """Share of replies that ended by themselves."""
-    repeated: float
-    """Share of replies that say a run of words twice."""
-    clipped: float
-    """Share of tokens whose update was clipped."""
-    value_explained: float
-    """1 - Var(return - value) / Var(return)."""
 
 
 @dataclass(slots=True)
@@ -282,7 +261,7 @@ class PPO:
         self.optimizer.zero_grad()
         return num_clipped / float(num_tokens)
 
-    def _measure(self, number: int, microbatches: Sequence[Microbatch]) -> dict[str, float]:
+    def _measure(self, number: int, microbatches: Sequence[Microbatch]) -> dict[str, Any]:
         def joined(parts: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(parts))
 
@@ -336,47 +315,31 @@ def whiten_together(microbatches: Sequence[Microbatch]) -> None:
         start = end
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A finished run."""
-
-    iterations: list[Iteration]
-    kept: int
-    """The iteration whose starting weights were kept: the last one that the judge does not call worse than its best."""
-    why: str
-    """Why the run ended where it did."""
-
-
-PATIENCE = 5
-"""Iterations in a row that the judge must call worse than the best before the run ends."""
 UNDER_WAY = "under-way.pt"
 """Everything that training goes on from, after the last whole iteration."""
-OBJECTION = 2.0
-"""Standard errors below its best at which the judge calls a policy worse: the best of many noisy numbers is flattered."""
 
 
-def train(ppo: PPO, checkpoints: Path, on_iteration: Callable[[Iteration], None]) -> Outcome:
-    """Iterates until the judge objects or all is done, with a checkpoint of the policy before each iteration.
+def train(
+    ppo: PPO,
+    checkpoints: Path,
+    on_iteration: Callable[[Iteration], None],
+    guard: GuardWatch | None = None,
+) -> Outcome:
+    """Iterates until something objects or all is done, with a checkpoint of the policy before each iteration.
 
     Goes on where an earlier call with the same checkpoints was cut off: the policy becomes the same, byte for byte.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     iterations = _resume(ppo, checkpoints)
-    while len(iterations) < ppo.settings.iterations and not _objects(iterations):
+    while len(iterations) < ppo.settings.iterations and objection(iterations) is None:
         number = len(iterations)
-        _save(ppo.roles.policy_state(), checkpoint_path(checkpoints, number))
-        iterations.append(ppo.iterate(number))
+        save(ppo.roles.policy_state(), checkpoint_path(checkpoints, number))
+        watched = guarded(guard, number)
+        iterations.append(replace(ppo.iterate(number), guard=watched))
         state = ppo.state() | {"iterations": [asdict(iteration) for iteration in iterations]}
-        _save(state, checkpoints / UNDER_WAY)
+        save(state, checkpoints / UNDER_WAY)
         on_iteration(iterations[-1])
-    why = "all iterations were done"
-    if _objects(iterations):
-        why = f"the held-out judge called {PATIENCE} iterations in a row worse than the best"
-    return Outcome(iterations, choose_kept(iterations), why)
-
-
-def _objects(iterations: Sequence[Iteration]) -> bool:
-    return bool(iterations) and iterations[-1].number - choose_kept(iterations) >= PATIENCE
+    return Outcome(iterations, choose_kept(iterations), objection(iterations) or ALL_DONE)
 
 
 def _resume(ppo: PPO, checkpoints: Path) -> list[Iteration]:
@@ -386,40 +349,4 @@ def _resume(ppo: PPO, checkpoints: Path) -> list[Iteration]:
         return []
     state = torch.load(path, weights_only=True, map_location=ppo.roles.device)
     ppo.load_state(state)
-    return [Iteration(**iteration) for iteration in state["iterations"]]
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.rename(path)
-
-
-def choose_kept(iterations: Sequence[Iteration]) -> int:
-    """The last iteration that the judge does not call worse than its best.
-
-    The judge has seen few votes, so it is a veto and not a guide: it says where over-optimisation begins, while the pessimistic
-    score and the KL budget say how far to go.
-    """
-    best = max(iterations, key=lambda iteration: iteration.judge)
-    return max(i.number for i in iterations if i.judge >= best.judge - OBJECTION * best.judge_error)
-
-
-AVERAGED = 10
-"""Iterations whose weights are averaged, though never more than the last half of a run."""
-
-
-def load_average(checkpoints: Path, number: int) -> dict[str, Tensor]:
-    """The mean of the policy's weights before iterations up to that one: what noise there is in the last steps cancels.
-
-    Source: arXiv:2406.16768 (averaged policies get more reward for the same KL).
-    """
-    numbers = range(number - min(AVERAGED, math.ceil(number / 2)) + 1, number + 1)
-    states = [torch.load(checkpoint_path(checkpoints, each), weights_only=True) for each in numbers]
-    return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
-
-
-def checkpoint_path(checkpoints: Path, number: int) -> Path:
-    """Where the policy's weights before that iteration are."""
-    return checkpoints / f"{number:03d}.pt"
+    return [Iteration.from_dict(iteration) for iteration in state["iterations"]]

@@ -14,7 +14,7 @@ Legend: N decided pairs.
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,16 +22,19 @@ import datasets
 import torch
 from transformers import Trainer, TrainerCallback
 
-from trainer.measuring import measure
-from trainer.models import POLICY, Batch, Roles
-from trainer.ppo import (
-    PATIENCE,
+from trainer.iterations import (
+    ALL_DONE,
+    GuardWatch,
     Iteration,
     Outcome,
-    PPOSettings,
     checkpoint_path,
     choose_kept,
+    guarded,
+    objection,
 )
+from trainer.measuring import measure
+from trainer.models import POLICY, Batch, Roles
+from trainer.ppo import PPOSettings
 from trainer.preferences import Pair
 from trainer.reward_model import Head
 from trainer.rollouts import Sampler
@@ -83,8 +86,13 @@ class PreferenceRun:
     seed: int
 
 
-def train(run: PreferenceRun, checkpoints: Path, on_iteration: Callable[[Iteration], None]) -> Outcome:
-    """Trains until the judge objects, the KL budget is spent, or all is done; a checkpoint goes before each measurement.
+def train(
+    run: PreferenceRun,
+    checkpoints: Path,
+    on_iteration: Callable[[Iteration], None],
+    guard: GuardWatch | None = None,
+) -> Outcome:
+    """Trains until something objects, the KL budget is spent, or all is done; a checkpoint goes before each measurement.
 
     Leaves the last weights in `run.roles`, as PPO does. Raises NonFinite, and ValueError where too few pairs are decided.
     """
@@ -95,7 +103,7 @@ def train(run: PreferenceRun, checkpoints: Path, on_iteration: Callable[[Iterati
         )
     checkpoints.mkdir(parents=True, exist_ok=True)
     stretch = _count_steps(run.settings, len(decided))
-    watch = _Watch(run, checkpoints, on_iteration, stretch)
+    watch = _Watch(run, checkpoints, on_iteration, stretch, guard)
     watch.look()
     with lend(run.roles) as lent:
         trainer = _make_trainer(run, lent, decided, stretch * (run.settings.iterations - 1))
@@ -188,8 +196,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     on_iteration: Callable[[Iteration], None]
     stretch: int
     """Optimiser steps between two looks."""
+    guard: GuardWatch | None
     iterations: list[Iteration] = field(default_factory=list)
-    why: str = "all iterations were done"
+    why: str = ALL_DONE
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """TRL calls it after each optimiser step."""
@@ -203,11 +212,11 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         model = roles.model.get_base_model()
         training = model.training
         roles.eval()
-        self.iterations.append(self._measure(number))
+        self.iterations.append(replace(self._measure(number), guard=guarded(self.guard, number)))
         model.train(training)
         self.on_iteration(self.iterations[-1])
-        if number - choose_kept(self.iterations) >= PATIENCE:
-            self.why = f"the held-out judge called {PATIENCE} iterations in a row worse than the best"
+        if why := objection(self.iterations):
+            self.why = why
             return True
         if self.iterations[-1].kl >= scoring.kl_budget:
             self.why = "the KL budget was spent"

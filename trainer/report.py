@@ -88,7 +88,10 @@ def _training(found: Mapping[str, Any]) -> str:
         if "kept" in found
         else ""
     )
-    plots = [_plot(draw, iterations) for draw in (_draw_reward_against_kl, _draw_judge, _draw_length)]
+    draws = [_draw_reward_against_kl, _draw_judge, _draw_length]
+    if iterations[0].get("guard"):
+        draws.append(_draw_guard)
+    plots = [_plot(draw, iterations) for draw in draws]
     return f"<h2>Training ({escape(found['method'])})</h2><p>{kept}</p>{''.join(plots)}"
 
 
@@ -116,6 +119,15 @@ def _draw_length(axes: Axes, iterations: Sequence[Mapping[str, float]]) -> None:
     axes.plot([i["number"] for i in iterations], [i["length"] for i in iterations])
     axes.set(xlabel="iteration", ylabel="tokens", title="Mean length of a reply")
     axes.set_ylim(bottom=0)
+
+
+def _draw_guard(axes: Axes, iterations: Sequence[Mapping[str, Any]]) -> None:
+    asked = [i["guard"] for i in iterations]
+    shares = [guard["num_right"] / guard["num_asked"] for guard in asked]
+    axes.plot([i["number"] for i in iterations], shares, marker=".", linestyle="", label="while training")
+    axes.axhline(asked[0]["live"], color="#bbb", linestyle="--", label="live policy")
+    axes.set(xlabel="iteration", ylabel="share", title="Right answers to some of the guard set")
+    axes.legend()
 
 
 def _gate(found: Mapping[str, Any]) -> str:

@@ -15,8 +15,8 @@ import datasets
 import torch
 from transformers import TrainerCallback
 
+from trainer.iterations import checkpoint_path
 from trainer.models import Batch, Roles
-from trainer.ppo import checkpoint_path
 from trainer.preferences import Demonstrated
 from trainer.trl_trainers import SFT, Schedule, SFTConfig, keep_checkpoint, lend
 
@@ -67,7 +67,7 @@ def train(
 ) -> Tuned:
     """Trains the policy in `roles`, and leaves the kept epoch's weights there; every epoch's are in `checkpoints`.
 
-    Raises ppo.NonFinite, and ValueError where the demonstrations are on fewer than two prompts.
+    Raises NonFinite, and ValueError where the demonstrations are on fewer than two prompts.
     """
     training, held_out = split(demonstrations, settings.held_out, seed)
     checkpoints.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from trainer.iterations import NonFinite
 from trainer.models import Roles, compute_dtype
-from trainer.ppo import NonFinite
 
 with warnings.catch_warnings():  # that it may change: the version is pinned, and tests run it
     warnings.simplefilter("ignore")

@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 
 from tests.benchmarks.ppo_visit import Clock, Figures, Job, Memory, answer
+from trainer.iterations import Iteration
 from trainer.models import Roles, compute_dtype
-from trainer.ppo import PPO, Iteration, PPOSettings
+from trainer.ppo import PPO, PPOSettings
 from trainer.reward_model import NUM_LIKELIHOODS, Head, RewardSettings
 
 

@@ -9,8 +9,9 @@ import torch
 
 from tests.tiny_model import make_model
 from trainer import ppo, ppo_math, reward_model
+from trainer.iterations import Iteration, NonFinite, Outcome
 from trainer.models import POLICY, Batch, Roles
-from trainer.ppo import PPO, Iteration, NonFinite, PPOSettings, choose_kept
+from trainer.ppo import PPO, PPOSettings
 from trainer.reward_model import Head
 from trainer.rollouts import Sampler
 
@@ -110,7 +111,7 @@ class Killed(Exception):
 def test_a_run_that_was_cut_off_goes_on_to_the_same_policy(tmp_path: Path) -> None:
     base = make_model(tmp_path)
 
-    def train(checkpoints: Path, cut_off_after: int | None = None) -> tuple[Roles, ppo.Outcome]:
+    def train(checkpoints: Path, cut_off_after: int | None = None) -> tuple[Roles, Outcome]:
         def watch(iteration: Iteration) -> None:
             if iteration.number == cut_off_after:
                 raise Killed
@@ -149,28 +150,7 @@ def test_steps_grow_over_the_warm_up_and_shrink_after_it(roles: Roles) -> None:
     assert rates == pytest.approx([0.0, 0.45, 0.8, 0.1])
 
 
-def test_the_average_is_of_the_last_half_and_of_ten_at_most(tmp_path: Path) -> None:
-    for number in range(31):
-        torch.save({"weight": torch.tensor([float(number)])}, ppo.checkpoint_path(tmp_path, number))
-    means = {number: ppo.load_average(tmp_path, number)["weight"].item() for number in (1, 4, 30)}
-    assert means == {1: 1.0, 4: 3.5, 30: 25.5}
-
-
 def test_one_unlikely_token_does_not_move_what_kl_is_steered_by() -> None:
     likely, unlikely = torch.tensor([-1.0]), torch.tensor([-9.0])
     assert ppo_math.kl_k3(unlikely, likely).item() > 1000
     assert ppo_math.kl_k1(unlikely, likely).item() == -8.0
-
-
-def judged(*scores: float) -> list[Iteration]:
-    empty = Iteration(0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    return [replace(empty, number=number, judge=score) for number, score in enumerate(scores)]
-
-
-@pytest.mark.parametrize(
-    ("scores", "kept"), [((0.0, 0.5, 0.9), 2), ((0.0, 0.9, 0.75), 2), ((0.0, 0.9, 0.6, 0.5), 1), ((0.0,), 0)]
-)
-def test_the_last_policy_that_the_judge_does_not_call_worse_is_kept(
-    scores: tuple[float, ...], kept: int
-) -> None:
-    assert choose_kept(judged(*scores)) == kept

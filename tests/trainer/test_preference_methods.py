@@ -9,8 +9,9 @@ import torch
 
 from tests.tiny_model import make_model
 from trainer import preference_methods, reward_model
+from trainer.iterations import Iteration, NonFinite, Outcome, checkpoint_path
 from trainer.models import Batch, Roles
-from trainer.ppo import Iteration, NonFinite, Outcome, PPOSettings, checkpoint_path
+from trainer.ppo import PPOSettings
 from trainer.preference_methods import PreferenceRun, PreferenceSettings
 from trainer.preferences import Pair, Source
 from trainer.reward_model import Head

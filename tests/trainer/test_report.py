@@ -16,6 +16,7 @@ ITERATION = {
     "judge_error": 0.1,
     "disagreement": 0.2,
     "length": 9.0,
+    "guard": {"num_right": 50, "num_asked": 64, "live": 0.75},
 }
 METRICS: dict[str, Any] = {
     "snapshot": {"sha256": "ab" * 32, "votes": 300, "rankings": 2, "demonstrations": 1},
@@ -77,11 +78,15 @@ def test_it_says_all_that_was_measured(tmp_path: Path) -> None:
         'class="failed">FAILED',
     ):
         assert said in text
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert "<b>so" not in text
     assert not list(tmp_path.glob("*.partial"))
+    iterations = [iteration | {"guard": None} for iteration in METRICS["training"]["iterations"]]
+    without = METRICS | {"training": METRICS["training"] | {"iterations": iterations}}
+    report.write(tmp_path / "unguarded.html", 7, "rejected", "The gate refused it: kl.", without)
+    assert (tmp_path / "unguarded.html").read_text().count("<svg") == 4
     report.write(tmp_path / "again.html", 7, "rejected", "The gate refused it: kl.", METRICS)
     assert len((tmp_path / "again.html").read_text()) == pytest.approx(len(text), abs=200)
 

@@ -8,8 +8,8 @@ import torch
 
 from tests.tiny_model import make_model
 from trainer import sft
+from trainer.iterations import NonFinite, checkpoint_path
 from trainer.models import Roles
-from trainer.ppo import NonFinite, checkpoint_path
 from trainer.preferences import Demonstrated, Source
 from trainer.sft import Epoch, SFTSettings
 

@@ -1,0 +1,76 @@
+"""Which policy of a run is kept, and when the run ends."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.iterations import (
+    Guarded,
+    Iteration,
+    checkpoint_path,
+    choose_kept,
+    forgets,
+    load_average,
+    objection,
+)
+
+EMPTY = Iteration(0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def judged(*scores: float) -> list[Iteration]:
+    return [replace(EMPTY, number=number, judge=score) for number, score in enumerate(scores)]
+
+
+def guarded(*num_right: int, live: float = 0.75) -> list[Iteration]:
+    """Of 64 each, while the judge likes every policy better than the one before."""
+    return [
+        replace(EMPTY, number=number, judge=float(number), guard=Guarded(right, 64, live))
+        for number, right in enumerate(num_right)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"), [((0.0, 0.5, 0.9), 2), ((0.0, 0.9, 0.75), 2), ((0.0, 0.9, 0.6, 0.5), 1), ((0.0,), 0)]
+)
+def test_the_last_policy_that_the_judge_does_not_call_worse_is_kept(
+    scores: tuple[float, ...], kept: int
+) -> None:
+    assert choose_kept(judged(*scores)) == kept
+
+
+def test_a_run_ends_when_the_judge_has_called_five_in_a_row_worse() -> None:
+    assert objection(judged(0.0, 0.9, 0.6, 0.5, 0.5, 0.4)) is None
+    assert objection(judged(0.0, 0.9, 0.6, 0.5, 0.5, 0.4, 0.4)) == (
+        "the held-out judge called 5 iterations in a row worse than the best"
+    )
+
+
+def test_five_iterations_together_tell_whether_the_guard_set_is_forgotten() -> None:
+    # 48 of 64 is live's share; 2 standard errors of 320 replies are 4.8 points.
+    assert not forgets(guarded(48, 46, 45, 45, 46))
+    assert forgets(guarded(48, 45, 44, 44, 43))
+    assert not forgets(guarded(30, 30, 30, 30))  # too few to tell
+    assert not forgets(judged(0.0, 0.1, 0.2, 0.3, 0.4, 0.5))  # no guard set
+
+
+def test_what_forgets_is_not_kept_however_much_the_judge_likes_it() -> None:
+    run = guarded(48, 48, 48, 48, 48, 48, 30, 30, 30, 30)
+    assert choose_kept(run) == 5
+    assert objection(run) is None
+    assert objection(guarded(48, 48, 48, 48, 48, 48, 30, 30, 30, 30, 30)) == (
+        "for 5 iterations it answered less of the guard set right than live"
+    )
+
+
+def test_iterations_are_the_same_after_they_were_stored() -> None:
+    for iteration in (guarded(48)[0], judged(0.5)[0]):
+        assert Iteration.from_dict(asdict(iteration)) == iteration
+
+
+def test_the_average_is_of_the_last_half_and_of_ten_at_most(tmp_path: Path) -> None:
+    for number in range(31):
+        torch.save({"weight": torch.tensor([float(number)])}, checkpoint_path(tmp_path, number))
+    means = {number: load_average(tmp_path, number)["weight"].item() for number in (1, 4, 30)}
+    assert means == {1: 1.0, 4: 3.5, 30: 25.5}

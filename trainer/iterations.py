@@ -1,0 +1,150 @@
+"""What is measured while a policy is trained, whatever the method; when a run should end, and which of its policies is kept.
+
+The held-out judge and the guard set each have a veto, since neither is trained on: the judge says where over-optimisation begins, the
+guard set where the policy forgets. Both are noisy, so that the last policy is kept which neither calls worse.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+PATIENCE = 5
+"""Iterations in a row that must be called worse before a run ends."""
+OBJECTION = 2.0
+"""Standard errors below the best (or, for the guard set, below live) at which a policy is called worse: the best of many noisy numbers
+is flattered."""
+POOLED = 5
+"""Iterations whose guard replies are counted together."""
+AVERAGED = 10
+"""Iterations whose weights are averaged, though never more than the last half of a run."""
+ALL_DONE = "all iterations were done"
+
+
+class NonFinite(RuntimeError):
+    """A loss was not a number. The cycle ends; the live policy stays."""
+
+
+class GuardWatch(Protocol):
+    """Asks the policy that is being trained some of the guard set."""
+
+    def ask(self, number: int) -> "Guarded":
+        """Before the iteration of that number: other prompts each time, the same ones again if it is taken up again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    """Some replies to the guard set."""
+
+    num_right: int
+    num_asked: int
+    live: float
+    """Share that the live policy answers right."""
+
+
+def guarded(watch: GuardWatch | None, number: int) -> Guarded | None:
+    """None without a guard set."""
+    return watch.ask(number) if watch else None
+
+
+@dataclass(frozen=True, slots=True)
+class Iteration:
+    """What one iteration measured, on the rollouts of the policy that it began with."""
+
+    number: int
+    score: float
+    """Mean pessimistic ensemble score, in standard deviations over the anchor's replies."""
+    judge: float
+    """Mean score by the judge, in its own standard deviations over the anchor's replies."""
+    judge_error: float
+    """Standard error of `judge`."""
+    disagreement: float
+    kl: float
+    """To the anchor: nats per reply (k3)."""
+    kl_coefficient: float
+    entropy: float
+    """Mean -log-probability per sampled token, nats."""
+    length: float
+    """Mean reply length in tokens."""
+    ended: float
+    """Share of replies that ended by themselves."""
+    repeated: float
+    """Share of replies that say a run of words twice."""
+    clipped: float
+    """Share of tokens whose update was clipped."""
+    value_explained: float
+    """1 - Var(return - value) / Var(return)."""
+    guard: Guarded | None = None
+    """Right replies to some of the guard set; None without one."""
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Iteration":
+        """Of `dataclasses.asdict`."""
+        guard = values["guard"]
+        return Iteration(**values | {"guard": Guarded(**guard) if guard else None})
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished run."""
+
+    iterations: list[Iteration]
+    kept: int
+    """The iteration whose starting weights were kept."""
+    why: str
+    """Why the run ended where it did."""
+
+
+def choose_kept(iterations: Sequence[Iteration]) -> int:
+    """The last iteration that neither the guard set calls worse than live, nor the judge worse than the best of those; else the first."""
+    knowing = [each for each in iterations if not forgets(iterations[: each.number + 1])]
+    if not knowing:
+        return 0
+    best = max(knowing, key=lambda iteration: iteration.judge)
+    return max(each.number for each in knowing if each.judge >= best.judge - OBJECTION * best.judge_error)
+
+
+def forgets(iterations: Sequence[Iteration]) -> bool:
+    """Whether the last iterations answered less of the guard set right than live does, and by more than chance."""
+    pooled = [iteration.guard for iteration in iterations[-POOLED:] if iteration.guard is not None]
+    if len(pooled) < POOLED:
+        return False
+    num_asked = sum(guard.num_asked for guard in pooled)
+    share = sum(guard.num_right for guard in pooled) / num_asked
+    live = pooled[-1].live
+    return share < live - OBJECTION * math.sqrt(live * (1 - live) / num_asked)
+
+
+def objection(iterations: Sequence[Iteration]) -> str | None:
+    """Why the run should end here, if it should."""
+    if not iterations or iterations[-1].number - choose_kept(iterations) < PATIENCE:
+        return None
+    if forgets(iterations):
+        return f"for {PATIENCE} iterations it answered less of the guard set right than live"
+    return f"the held-out judge called {PATIENCE} iterations in a row worse than the best"
+
+
+def checkpoint_path(checkpoints: Path, number: int) -> Path:
+    """Where the policy's weights before that iteration are."""
+    return checkpoints / f"{number:03d}.pt"
+
+
+def load_average(checkpoints: Path, number: int) -> dict[str, Tensor]:
+    """The mean of the policy's weights before iterations up to that one: what noise there is in the last steps cancels.
+
+    Source: arXiv:2406.16768 (averaged policies get more reward for the same KL).
+    """
+    numbers = range(number - min(AVERAGED, math.ceil(number / 2)) + 1, number + 1)
+    states = [torch.load(checkpoint_path(checkpoints, each), weights_only=True) for each in numbers]
+    return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.rename(path)
