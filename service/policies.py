@@ -16,10 +16,10 @@ from sqlalchemy.orm import Session
 
 from service.errors import Conflict, PolicyRefused, SettingsError
 from service.tables import Deployment, Policy
+from service.weights import CONFIG, WEIGHTS, check_adapter
 
 BASE = "policy-000000"
 CHANNEL = "deployment"
-WEIGHTS = "adapter_model.safetensors"
 
 
 class Probe(BaseModel):
@@ -44,10 +44,12 @@ class Wanted:
 
     name: str
     path: str
+    base: str
+    """Path of the base model."""
 
 
-def read_folder(name: str, path: Path) -> Manifest:
-    """The manifest of a whole policy folder. Raises PolicyRefused. Reads all of it: off the loop."""
+def read_folder(name: str, path: Path, base: Path | None = None) -> Manifest:
+    """The manifest of a whole policy folder, whose adapter fits the base. Raises PolicyRefused. Reads all of it: off the loop."""
     if not (path / "READY").exists():
         raise PolicyRefused("its folder holds no READY: it was not written to the end")
     try:
@@ -56,11 +58,13 @@ def read_folder(name: str, path: Path) -> Manifest:
         raise PolicyRefused(f"its manifest cannot be read ({type(error).__name__})") from error
     if manifest.name != name:
         raise PolicyRefused(f"its manifest is that of {manifest.name}")
-    if WEIGHTS not in manifest.files:
-        raise PolicyRefused(f"its manifest has no sha256 of {WEIGHTS}")
+    for file in (WEIGHTS, CONFIG):
+        if file not in manifest.files:
+            raise PolicyRefused(f"its manifest has no sha256 of {file}")
     for file, sha256 in manifest.files.items():
         if _sha256(path / Path(file).name) != sha256:
             raise PolicyRefused(f"{file} is not the file that the manifest names: its sha256 differs")
+    check_adapter(path, base)
     return manifest
 
 
@@ -104,9 +108,9 @@ async def wanted(session: AsyncSession) -> tuple[Deployment, list[Wanted]]:
     deployment = await read_deployment(session)
     names = [deployment.live, deployment.previous, deployment.challenger]
     order = [name for name in dict.fromkeys(names) if name is not None and name != BASE]
-    rows = await session.execute(select(Policy.name, Policy.path).where(Policy.name.in_(order)))
+    rows = await session.execute(select(Policy.name, Policy.path).where(Policy.name.in_([BASE, *order])))
     paths = {row.name: row.path for row in rows}
-    return deployment, [Wanted(name, paths[name]) for name in order]
+    return deployment, [Wanted(name, paths[name], paths[BASE]) for name in order]
 
 
 async def promote(session: AsyncSession, name: str) -> Deployment | None:

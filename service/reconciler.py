@@ -114,10 +114,11 @@ class Reconciler:
             log.info("%s loaded and verified on %s", policy.name, replica.engine.url)
 
     async def _manifest(self, policy: Wanted) -> Manifest:
-        """The folder's manifest; its files are hashed once in a process, off the loop."""
+        """The folder's manifest; its files are hashed and looked into once in a process, off the loop."""
         if policy.name not in self._manifests:
-            path = Path(policy.path)
-            self._manifests[policy.name] = await asyncio.to_thread(policies.read_folder, policy.name, path)
+            self._manifests[policy.name] = await asyncio.to_thread(
+                policies.read_folder, policy.name, Path(policy.path), Path(policy.base)
+            )
         return self._manifests[policy.name]
 
     async def _verified(self, challenger: str | None) -> str | None:

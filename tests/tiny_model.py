@@ -66,11 +66,11 @@ def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3) -> P
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=scale)
     model.save_pretrained(folder)
-    weights = folder / "adapter_model.safetensors"
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     manifest = {
         "name": folder.name,
         "parent": "policy-000000",
-        "files": {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()},
+        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (weights, config)},
         "probe": [{"token_ids": ids, "logprobs": _logprobs(model, ids)} for ids in PROBE],
         "probe_tolerance": 0.2,
     }

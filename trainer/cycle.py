@@ -134,6 +134,7 @@ def _learn(run: Run) -> str:
 
     run.enter("snapshot")
     feedback, sha256 = _take_snapshot(run)
+    _check_new(run, sha256)
     start = _find_start(run)
     roles = Roles.load(start.base, settings.lora_rank, start.adapter)
     lesson = preferences.read(roles, feedback, settings.votes_per_user)
@@ -206,6 +207,15 @@ def _take_snapshot(run: Run) -> tuple[list[snapshot.Feedback], str]:
         }
     )
     return feedback, sha256
+
+
+def _check_new(run: Run, sha256: str) -> None:
+    """Raises CycleEnded where a policy of just this snapshot was live and has been taken back."""
+    query = select(Policy.name).join(Cycle, Policy.cycle_id == Cycle.id)
+    with run.sessions() as session:
+        name = session.scalar(query.where(Cycle.snapshot_sha256 == sha256, Policy.state == "rolled_back"))
+    if name is not None:
+        raise CycleEnded("rejected", f"{name} learnt from exactly these votes, and was taken back.")
 
 
 def _find_start(run: Run) -> Start:

@@ -100,7 +100,7 @@ class Outcome:
 
 
 def choose_kept(iterations: Sequence[Iteration]) -> int:
-    """The last iteration that neither the guard set calls worse than live, nor the judge worse than the best of those; else the first."""
+    """The last iteration that neither the guard set calls worse than live, nor the judge worse than the best; else the first."""
     knowing = [each for each in iterations if not forgets(iterations[: each.number + 1])]
     if not knowing:
         return 0

@@ -1,4 +1,4 @@
-"""Sampling replies from a model on this machine: batched, with a key-value cache, rows dropped as they end.
+"""Sampling replies from a model on this machine: batched, with a key-value cache that has room for them, rows dropped as they end.
 
 Legend: B sequences, P prompt tokens, T reply tokens, V vocabulary.
 """
@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+SHRINK = 0.9
+"""Share of rows still under way at which the others are dropped: dropping copies the cache, keeping them computes for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,9 @@ class Sampler:
         device = model.device
         ids, mask = pad_left(prompts, self.end_ids[0], device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=model.config)
+        mask = torch.cat([mask, mask.new_ones(len(prompts), self.max_tokens)], dim=1)
+        seen = ids.shape[1]  # tokens that the model has seen with the next pass
+        cache = _make_cache(model, self.max_tokens)
         rows = list(range(len(prompts)))  # which prompt each row of the batch is
         replies: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
@@ -68,7 +74,7 @@ class Sampler:
         for _ in range(self.max_tokens):
             logits = model(
                 input_ids=ids,
-                attention_mask=mask,
+                attention_mask=mask[:, :seen],
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -81,20 +87,62 @@ class Sampler:
             tokens = torch.multinomial(odds * (odds >= self.min_p), 1, generator=generator)  # (B, 1)
             chosen = distribution.gather(1, tokens)[:, 0].tolist()
             for row, token, logprob in zip(rows, tokens[:, 0].tolist(), chosen, strict=True):
-                replies[row].append(token)
-                logprobs[row].append(logprob)
-                ended[row] = token in self.end_ids
+                if not ended[row]:
+                    replies[row].append(token)
+                    logprobs[row].append(logprob)
+                    ended[row] = token in self.end_ids
             keep = [index for index, row in enumerate(rows) if not ended[row]]
             if not keep:
                 break
-            ids, positions = tokens, positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            if len(keep) < len(rows):  # rows that have ended cost nothing more
+            ids, positions, seen = tokens, positions[:, -1:] + 1, seen + 1
+            if len(keep) <= SHRINK * len(rows):
                 kept = torch.tensor(keep, device=device)
                 cache.batch_select_indices(kept)
                 ids, positions, mask = ids[kept], positions[kept], mask[kept]
                 rows = [rows[index] for index in keep]
         return [Rollout(*row) for row in zip(prompts, replies, logprobs, ended, strict=True)]
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values, with room for the tokens to come: each is written once, where others copy all before it."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
+        self._length = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Adds tokens. Both (B, heads, tokens, head size). Returns all keys and values so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._all_keys, self._all_values = self._make_room(key_states), self._make_room(value_states)
+        start, self._length = self._length, self._length + key_states.shape[2]
+        self._all_keys[:, :, start : self._length] = key_states
+        self._all_values[:, :, start : self._length] = value_states
+        return self._show()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows."""
+        self._all_keys, self._all_values = self._all_keys[indices], self._all_values[indices]
+        self._show()
+
+    def _make_room(self, states: Tensor) -> Tensor:
+        num_rows, heads, tokens, size = states.shape
+        return states.new_empty(num_rows, heads, tokens + self._room, size)
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys = self._all_keys[:, :, : self._length]
+        self.values = self._all_values[:, :, : self._length]
+        return self.keys, self.values
+
+
+def _make_cache(model: PreTrainedModel, room: int) -> DynamicCache:
+    """A model's own kind of cache; layers that keep everything get room for so many tokens more than the prompt."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def pad_left(sequences: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

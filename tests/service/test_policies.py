@@ -1,6 +1,5 @@
 """The registry: folders that are whole, and a pointer that only valid moves change."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -12,23 +11,14 @@ from service import database as db
 from service.errors import PolicyRefused, SettingsError
 from service.policies import BASE, ensure_base, read_folder
 from service.settings import Settings
+from tests.adapters import write_policy
 
 NAME = "policy-000001"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(b"weights")
-    manifest = {
-        "name": NAME,
-        "files": {weights.name: hashlib.sha256(b"weights").hexdigest()},
-        "probe": [{"token_ids": [1, 2], "logprobs": [None, -1.0]}],
-        "probe_tolerance": 0.1,
-    }
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "READY").touch()
-    return tmp_path
+    return write_policy(tmp_path / NAME, probe=[{"token_ids": [1, 2], "logprobs": [None, -1.0]}])
 
 
 def test_a_whole_folder_is_read(folder: Path) -> None:

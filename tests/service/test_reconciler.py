@@ -1,11 +1,11 @@
 """The verified swap: what goes live, what is refused, and what is loaded again."""
 
-import json
 from pathlib import Path
 
 import pytest
 from conftest import Rows, Serve, ask, publish, wait_until
 
+from tests.adapters import write_policy
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.database
@@ -19,21 +19,8 @@ def folder(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "policy-000001")
 
 
-def make_folder(path: Path, **changes: object) -> Path:
-    path.mkdir()
-    (path / "adapter_model.safetensors").write_bytes(b"")
-    manifest = {
-        "name": path.name,
-        # sha256 of nothing
-        "files": {
-            "adapter_model.safetensors": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-        },
-        "probe": [{"token_ids": [1, 2, 3], "logprobs": [None, -2.0, -2.0]}],
-        "probe_tolerance": 0.1,
-    }
-    (path / "manifest.json").write_text(json.dumps(manifest | changes))
-    (path / "READY").touch()
-    return path
+def make_folder(path: Path) -> Path:
+    return write_policy(path, probe=[{"token_ids": [1, 2, 3], "logprobs": [None, -2.0, -2.0]}])
 
 
 def test_a_challenger_that_reproduces_its_probe_goes_live_and_can_be_rolled_back(

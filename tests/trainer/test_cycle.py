@@ -1,14 +1,16 @@
 """A whole cycle on a real PostgreSQL with a tiny model, and how cycles begin, end badly, and are taken up again."""
 
+import errno
 import json
 import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.database import sync_engine, sync_sessions
@@ -34,6 +36,7 @@ from service.tables import (
 from tests.tiny_model import make_model
 from trainer import cycle, gate, snapshot
 from trainer.__main__ import find_trigger
+from trainer.models import Roles
 
 pytestmark = pytest.mark.database
 QUIET = Console(quiet=True)
@@ -217,6 +220,23 @@ def test_a_cycle_waits_for_its_policys_duel_and_says_how_it_ended(
 
 
 @pytest.mark.usefixtures("_open_gate")
+def test_what_was_taken_back_is_not_proposed_again_from_the_same_votes(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_votes(sessions, 30)
+    service = accept_challengers(sessions)
+    taken_back = run(settings, sessions, request_cycle(sessions)).policy
+    service.join()
+    with sessions.begin() as session:
+        session.get_one(Policy, taken_back).state = "rolled_back"
+    again = run(settings, sessions, request_cycle(sessions))
+    assert (again.stage, again.reason) == (
+        "rejected",
+        "policy-000001 learnt from exactly these votes, and was taken back.",
+    )
+
+
+@pytest.mark.usefixtures("_open_gate")
 def test_the_next_cycle_starts_from_the_live_policy(
     settings: Settings, sessions: sessionmaker[Session]
 ) -> None:
@@ -247,6 +267,103 @@ def test_too_little_to_learn_from_ends_the_cycle_with_a_reason(
     assert reason in (ended.reason or "")
     assert ended.ended_at is not None
     assert not list(settings.state.glob("policies/*"))
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_one_user_alone_can_teach(settings: Settings, sessions: sessionmaker[Session]) -> None:
+    add_votes(sessions, 30)
+    service = accept_challengers(sessions)
+    ended = run(settings, sessions, request_cycle(sessions))
+    service.join()
+    assert (ended.stage, ended.metrics["reward_model"]["held_out_by"]) == ("promoted", "prompt")
+
+
+def test_votes_that_contradict_each_other_end_without_a_policy(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_votes(sessions, 40)
+    with sessions.begin() as session:  # the same two replies to the same prompt, liked and disliked in turn
+        for number, reply in enumerate(session.scalars(select(Reply).order_by(Reply.prompt_id, Reply.id))):
+            reply.content = f"what {number % 2}"
+        for number, vote in enumerate(session.scalars(select(Vote).order_by(Vote.id))):
+            vote.choice = ("first", "second")[number // 2 % 2]
+    ended = run(settings, sessions, request_cycle(sessions))
+    assert ended.stage == "rejected"
+    assert "gate refused it" in (ended.reason or "")
+    assert not list(settings.state.glob("policies/*"))
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_replies_that_are_empty_or_longer_than_the_context_spoil_nothing(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_votes(sessions, 30)
+    with sessions.begin() as session:
+        replies = session.scalars(select(Reply).order_by(Reply.id)).all()
+        replies[0].content, replies[10].content = "", "what " * 2000
+    service = accept_challengers(sessions)
+    ended = run(settings, sessions, request_cycle(sessions))
+    service.join()
+    assert ended.stage == "promoted"
+    assert (
+        ended.metrics["reward_model"]["train_pairs"] + ended.metrics["reward_model"]["held_out_pairs"] == 29
+    )
+
+
+def test_a_tokenizer_without_an_end_token_ends_the_cycle_saying_so(
+    settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Roles.load
+
+    def without_end(*arguments: Any) -> Roles:
+        roles = load(*arguments)
+        roles.tokenizer.eos_token = None
+        roles.model.generation_config.eos_token_id = None
+        return roles
+
+    monkeypatch.setattr(Roles, "load", staticmethod(without_end))
+    add_votes(sessions, 30)
+    ended = run(settings, sessions, request_cycle(sessions))
+    assert ended.stage == "failed"
+    assert "names no end-of-sequence token" in (ended.reason or "")
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_a_snapshot_whose_votes_were_deleted_since_is_still_learnt_from(
+    settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_votes(sessions, 30)
+    cycle_id = request_cycle(sessions)
+    with monkeypatch.context() as broken:
+        broken.setattr("trainer.ppo.PPO.iterate", lambda *_: 1 / 0)
+        assert "ZeroDivisionError" in (run(settings, sessions, cycle_id).reason or "")
+    with sessions.begin() as session:
+        session.execute(update(Cycle).values(ended_at=None))
+        for table in (Vote, ComparisonReply, Comparison):
+            session.execute(delete(table))
+    service = accept_challengers(sessions)
+    ended = run(settings, sessions, cycle_id)
+    service.join()
+    assert (ended.stage, ended.metrics["snapshot"]["votes"]) == ("promoted", 30)
+
+
+@pytest.mark.usefixtures("_open_gate")
+@pytest.mark.parametrize("writes", ["trainer.iterations.torch.save", "trainer.publish.save_adapter"])
+def test_a_full_disk_ends_the_cycle_with_nothing_half_published(
+    settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch, writes: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writes, full)
+    add_votes(sessions, 30)
+    ended = run(settings, sessions, request_cycle(sessions))
+    assert ended.stage == "failed"
+    assert "No space left on device" in (ended.reason or "")
+    assert not list(settings.state.glob("policies/*/READY"))
+    with sessions() as session:
+        assert session.get_one(Deployment, 1).challenger is None
+        assert session.scalars(select(Policy.name)).all() == [BASE]
 
 
 def test_votes_on_one_prompt_alone_cannot_be_judged(

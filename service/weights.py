@@ -1,0 +1,174 @@
+"""What of an adapter's file can be told without torch: that it is whole, fits the base, and holds numbers alone.
+
+vLLM accepts an adapter with a tensor too few and one with NaN without a word, so this is looked at before it is loaded; that it
+computes what the trainer's did is the probe's to say, afterwards.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from service.errors import PolicyRefused
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MOST_HEADER_BYTES = 100 << 20
+"""As the format's own limit."""
+PREFIX = "base_model.model."
+CHUNK_BYTES = 1 << 22
+
+
+class TensorEntry(BaseModel):
+    """One tensor of a safetensors file."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+class AdapterConfig(BaseModel):
+    """What of `adapter_config.json` the weights must agree with."""
+
+    r: int
+    target_modules: list[str]
+
+
+class NumberFormat(BaseModel):
+    """Where a number's exponent lies, in bytes as they are stored (the lowest first): all ones mean infinite or not a number."""
+
+    size: int
+    high: int
+    """Bits of the exponent in the last byte."""
+    low: int
+    """Bits of it in the byte before."""
+
+
+FORMATS = {
+    "F32": NumberFormat(size=4, high=0x7F, low=0x80),
+    "BF16": NumberFormat(size=2, high=0x7F, low=0x80),
+    "F16": NumberFormat(size=2, high=0x7C, low=0x00),
+}
+_entries = TypeAdapter(dict[str, TensorEntry])
+
+
+def check_adapter(folder: Path, base: Path | None) -> None:
+    """Raises PolicyRefused, saying what is wrong with the adapter. Reads all of it: off the loop.
+
+    base: the base model's folder, where this machine has it; without it, shapes and names are only held against each other.
+    """
+    try:
+        config = AdapterConfig.model_validate_json((folder / CONFIG).read_bytes())
+        with (folder / WEIGHTS).open("rb") as file:
+            tensors, start = _read_header(file)
+            modules = _pair_up(tensors, config.r)
+            if base is not None and base.is_dir():
+                _check_against(modules, config.target_modules, _read_base(base))
+            for name, entry in tensors.items():
+                if not _is_finite(file, start, entry):
+                    raise PolicyRefused(f"{name} holds values that are not numbers")
+    except (OSError, ValidationError, ValueError) as error:
+        raise PolicyRefused(f"its adapter cannot be read ({type(error).__name__})") from error
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, TensorEntry], int]:
+    """The tensors, and where their data begin. Raises ValueError where the data are not exactly what the header says."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if not 0 < length <= min(size - 8, MOST_HEADER_BYTES):
+        raise ValueError("no header")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = _entries.validate_python(header)
+    if max((entry.data_offsets[1] for entry in tensors.values()), default=0) != size - 8 - length:
+        raise ValueError("not as long as its header says")
+    return tensors, 8 + length
+
+
+def _pair_up(tensors: Mapping[str, TensorEntry], rank: int) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each module that is adapted. Raises PolicyRefused where A and B do not belong together."""
+    modules: dict[str, tuple[int, int]] = {}
+    for name, entry in tensors.items():
+        module, part, weight = name.removeprefix(PREFIX).rpartition(".lora_A.")
+        if not part:
+            if name.replace(".lora_B.", ".lora_A.") not in tensors or ".lora_B." not in name:
+                raise PolicyRefused(f"{name} is no part of an adapter")
+            continue
+        other = tensors.get(name.replace(".lora_A.", ".lora_B."))
+        if weight != "weight" or other is None:
+            raise PolicyRefused(f"{name} has no counterpart")
+        if len(entry.shape) != 2 or len(other.shape) != 2 or not entry.shape[0] == other.shape[1] == rank:
+            raise PolicyRefused(
+                f"{module}: its tensors {entry.shape} and {other.shape} are not of rank {rank}"
+            )
+        modules[module] = entry.shape[1], other.shape[0]
+    if not modules:
+        raise PolicyRefused("it adapts nothing")
+    return modules
+
+
+def _read_base(folder: Path) -> dict[str, list[int]]:
+    """Shapes of the base's matrices, by module; empty where its weights are not in safetensors."""
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            tensors, _ = _read_header(file)
+        shapes |= {
+            name.removesuffix(".weight"): entry.shape
+            for name, entry in tensors.items()
+            if len(entry.shape) == 2
+        }
+    return shapes
+
+
+def _check_against(
+    modules: Mapping[str, tuple[int, int]], targets: list[str], base: Mapping[str, list[int]]
+) -> None:
+    """Raises PolicyRefused where a module is not the base's, is of another shape, or is missing.
+
+    A checkpoint may leave out the model's own prefix (`transformer.`), and some keep inputs first: both are taken.
+    """
+    if not base:
+        return
+    for module, sizes in modules.items():
+        shape = base.get(module) or base.get(module.partition(".")[2])
+        if shape is None:
+            raise PolicyRefused(f"the base has no {module}")
+        if sorted(shape) != sorted(sizes):
+            raise PolicyRefused(f"{module} is {shape} in the base, and the adapter's is for {list(sizes)}")
+    for name in base:
+        wanted = name.rpartition(".")[2] in targets
+        if wanted and not any(module == name or module.endswith(f".{name}") for module in modules):
+            raise PolicyRefused(f"it leaves out {name}")
+
+
+def _is_finite(file: BinaryIO, start: int, entry: TensorEntry) -> bool:
+    """Whether every value is a number. Raises ValueError for an unknown type, or a size that is not the shape's."""
+    form = FORMATS.get(entry.dtype)
+    first, last = entry.data_offsets
+    if form is None or last - first != form.size * math.prod(entry.shape):
+        raise ValueError("not of a known type and size")
+    high = bytes(byte & form.high == form.high for byte in range(256))
+    low = bytes(byte & form.low == form.low for byte in range(256))
+    for chunk in _chunks(file, start + first, last - first):
+        # Bit by bit over whole chunks, as one large integer each: in C, where a loop would take seconds.
+        is_high = int.from_bytes(chunk[form.size - 1 :: form.size].translate(high))
+        is_low = int.from_bytes(chunk[form.size - 2 :: form.size].translate(low))
+        if is_high & is_low:
+            return False
+    return True
+
+
+def _chunks(file: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]:
+    """In pieces that hold whole numbers. Raises ValueError where the file ends before."""
+    file.seek(start)
+    while num_bytes:
+        chunk = file.read(min(CHUNK_BYTES, num_bytes))
+        if not chunk:
+            raise ValueError("shorter than its header says")
+        num_bytes -= len(chunk)
+        yield chunk
