@@ -16,8 +16,9 @@ What that needs, and why it holds:
 - *Side bias.* Orders are drawn at random. Of an equal pair, whoever chooses the first reply with chance b chooses the challenger
   with chance b/2 + (1 - b)/2 = 1/2. With a fixed order it would be b, and bias would be taken for merit.
 - *Blind.* A comparison names its policies once it was voted on, so a vote that was revised afterwards is not blind.
-- *Independent.* Past votes must not tell the next one. One user's votes do: they are one taste, repeated. The caller therefore
-  counts only the first few of each user, and stops at the first verdict.
+- *Independent.* Past votes must not tell the next one. One user's votes do: they are one taste, repeated. The promise is exact where
+  the caller counts one vote of each user, and fades with each more (`make bench-duel` shows how fast); or where there is but one
+  user, and it is enough that the challenger is better for them. And the caller stops at the first verdict.
 
 The promise is for each duel: of many challengers that are no better, a share of up to alpha is promoted.
 """
@@ -29,10 +30,11 @@ from typing import Literal
 
 Outcome = Literal["better", "worse", "undecided"]
 
-BETS = tuple(percent / 100 for percent in range(52, 76))
-"""The rates that are bet on, with equal weights. Any choice keeps the promise; this one decides early where policies differ as
-they do from one cycle to the next. Median votes until a challenger that wins .55, .60, .70 of them is promoted, by exact
-recursion: these 637, 135, 35; all of .51 to .99 802, 169, 37; few, spaced geometrically (.03 * 1.35^k above a half) 561, 144, 40."""
+BETS = tuple(0.5 + 0.04 * 1.2**step for step in range(11))
+"""The rates that are bet on, with equal weights: .54 to .75, each lead over a half a fifth larger than the last. Any choice keeps the
+promise; this one decides early where policies differ as they do from one cycle to the next. Median votes until a challenger is
+promoted that wins .55, .60, .70 of them: 548, 136, 40. With equal steps of .01 from .52 to .75: 639, 134, 36; from .51 to .99:
+795, 165, 37. (Exact, by recursion over votes; at most 2,000 of them. Simulated: `make bench-duel`.)"""
 LARGEST_LOG = 700.0
 """Of evidence: its exponential still is a float, where votes go on long after the verdict."""
 HALVINGS = 40
@@ -128,11 +130,11 @@ def log_evidence(wins: int, losses: int) -> float:
 
 
 def find_interval(tally: Tally, rules: Rules) -> Interval:
-    """The rates of winning a decided vote that these votes leave open; the error rates' sum bounds the chance to ever miss the truth.
+    """The rates of winning a decided vote that these votes leave open; both alphas together bound the chance to ever miss the truth.
 
-    A bet against any one rate q is the mixture's likelihood over q's, a martingale where q is true: q is left open while that is
+    The evidence against a rate q is the mixture's likelihood over q's, a martingale where q is true: q is left open while that is
     below 1/(alpha_promote + alpha_reject). Both directions share the stake as they share the errors, and so the interval leaves 1/2
-    with the vote that decides, or a moment sooner. Bets end at .75, so far more lopsided rates get a longer interval than they need.
+    with the vote that decides, or a moment sooner. Bets end at .75, so rates far beyond get a longer interval than they need.
     Source: Darling and Robbins, 1967, PNAS 58, 66-68; arXiv:1810.08240.
     """
     stake = rules.alpha_promote + rules.alpha_reject
