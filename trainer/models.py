@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from service.tables import Message
 
@@ -79,6 +81,9 @@ class Roles(nn.Module):
     def load(base: str | Path, rank: int, parent: Path | None = None) -> "Roles":
         """The base with one adapter, `policy`: that of the parent policy, or a new one that changes nothing yet."""
         model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(torch.get_default_device()))
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            # Gemma 2: faster attention leaves the cap out, without a word; the engine does not.
+            model.set_attn_implementation("eager")
         tokenizer = AutoTokenizer.from_pretrained(base)
         lora = LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -171,25 +176,34 @@ class Roles(nn.Module):
         The vocabulary is computed at the reply's tokens alone. Logits are divided by the sampling temperature first.
         """
         with self.acting_as(POLICY):
-            return self._reply_logprobs(self._states(batch), batch, temperature)
+            return self._forward(batch, temperature)[1]
 
     @torch.no_grad()
     def read(self, batch: Batch, temperature: float = 1.0) -> Reading:
         """One pass of the reference: all that reference, reward models and value need of a batch."""
         with self.acting_as(REFERENCE):
-            states = self._states(batch)
-            return Reading(states.float(), self._reply_logprobs(states, batch, temperature))
+            states, logprobs = self._forward(batch, temperature)
+            return Reading(states.float(), logprobs)
 
-    def _states(self, batch: Batch) -> Tensor:
-        backbone = self.model.get_base_model().base_model
-        states: Tensor = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
-        return states
+    def _forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        """[B, L, H] last hidden states, and [B, L] log-probabilities of the reply's tokens.
 
-    def _reply_logprobs(self, states: Tensor, batch: Batch, temperature: float) -> Tensor:
+        The logits are the model's own, since families scale or cap them (Gemma, Granite, Cohere): on the way from its backbone to
+        its output embeddings all states but those that the reply's tokens were chosen from are taken away.
+        """
+        model = self.model.get_base_model()
         at_reply = batch.reply_mask[:, 1:].bool()
-        logits = self.model.get_output_embeddings()(states[:, :-1][at_reply])  # (tokens, V)
+        all_states: list[Tensor] = []
+
+        def keep_reply(_: nn.Module, __: tuple[Any, ...], output: ModelOutput) -> ModelOutput:
+            all_states.append(output.last_hidden_state)
+            output.last_hidden_state = output.last_hidden_state[:, :-1][at_reply][None]  # (1, tokens, H)
+            return output
+
+        with model.base_model.register_forward_hook(keep_reply):
+            logits = model(input_ids=batch.ids, use_cache=False).logits[0]  # (tokens, V)
         targets = batch.ids[:, 1:][at_reply]
         flat = -nn.functional.cross_entropy(logits.float() / temperature, targets, reduction="none")
         result = torch.zeros(batch.ids.shape, device=flat.device)
         result[:, 1:][at_reply] = flat
-        return result
+        return all_states[0], result
