@@ -11,7 +11,7 @@ Sequences are padded on the right: with a causal model nothing real can see the 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +110,11 @@ class Roles(nn.Module):
 
     @property
     def pad_id(self) -> int:
-        """What fills the right of a batch; never attended to, so any token serves where the tokenizer has none."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.end_ids[0])
+        """What fills the right of a batch: never attended to, so any token serves.
+
+        Not the tokenizer's pad token: there may be none, or one that was added later, which the model has no embedding for.
+        """
+        return self.end_ids[0]
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -124,6 +126,21 @@ class Roles(nn.Module):
             raise ValueError("The tokenizer names no end-of-sequence token: a reply could never end.")
         return tuple(sorted(found, key=lambda token: token != self.tokenizer.eos_token_id))
 
+    @cached_property
+    def reply_end_id(self) -> int:
+        """Of the end tokens the one that the chat template puts after a reply; the tokenizer's own where it puts none.
+
+        They differ in Gemma: its tokenizer ends texts with one token, and its template replies with another.
+        """
+        question: Message = {"role": "user", "content": "?"}
+        prompt = self.prompt_ids([question])
+        whole: list[int] = self.tokenizer.apply_chat_template(
+            [question, {"role": "assistant", "content": "!"}], return_dict=False
+        )
+        both = zip(prompt, whole, strict=False)
+        start = next((place for place, (one, other) in enumerate(both) if one != other), len(prompt))
+        return next((token for token in whole[start:] if token in self.end_ids), self.end_ids[0])
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt as the engine sees it: the chat template with the opening of the reply."""
         ids: list[int] = self.tokenizer.apply_chat_template(
@@ -134,7 +151,7 @@ class Roles(nn.Module):
     def reply_ids(self, text: str) -> list[int]:
         """A finished reply: its tokens and the end token."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.end_ids[0]]
+        return [*ids, self.reply_end_id]
 
     def decode(self, reply_ids: list[int]) -> str:
         """A reply as text, without its end token."""

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny_model import FAMILIES, make_family, read_logprobs
+from tests.tiny_model import FAMILIES, SPECIAL, make_family, read_logprobs
 from trainer.models import POLICY, Batch, Roles
 from trainer.rollouts import Sampler
 
@@ -64,3 +64,28 @@ def test_the_samplers_logprobs_are_the_trainers(family: str, tmp_path: Path) -> 
     batch = Batch.collate([(r.prompt_ids, r.reply_ids) for r in rollouts], roles.pad_id, roles.device)
     sampled = chain.from_iterable(rollout.logprobs for rollout in rollouts)
     assert roles.logprobs(batch)[batch.reply_mask.bool()].tolist() == pytest.approx(list(sampled), abs=1e-4)
+
+
+@EVERY_FAMILY
+def test_a_finished_reply_ends_as_the_chat_template_ends_one(family: str, tmp_path: Path) -> None:
+    roles = Roles.load(make_family(tmp_path, family), rank=4)
+    said = [{"role": "user", "content": "lemon?"}, {"role": "assistant", "content": "yes"}]
+    whole = roles.tokenizer.apply_chat_template(said, return_dict=False)
+    assert roles.prompt_ids(said[:1]) + roles.reply_ids("yes") == whole
+    assert roles.reply_ids("yes")[-1] == SPECIAL.index("<|end|>")
+
+
+def test_a_template_that_ends_no_reply_leaves_it_to_the_tokenizer(tmp_path: Path) -> None:
+    roles = Roles.load(make_family(tmp_path, "llama"), rank=4)
+    roles.tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    assert roles.reply_ids("yes")[-1] == roles.tokenizer.eos_token_id
+
+
+def test_a_pad_token_that_the_model_has_no_embedding_for_does_no_harm(tmp_path: Path) -> None:
+    make_family(tmp_path, "llama", padded=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "<|late|>"})
+    tokenizer.save_pretrained(tmp_path)
+    roles = Roles.load(tmp_path, rank=4)
+    batch = Batch.collate([([5, 6], [7, 8, 1]), ([5], [9, 1])], roles.pad_id, roles.device)
+    assert roles.read(batch).logprobs.isfinite().all()
