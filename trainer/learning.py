@@ -95,7 +95,7 @@ def learn(
             f"The votes are on {prompts_voted} prompts: too few to hold some out and learn from the rest."
         )
     prompts = preferences.prompts
-    sampler = Sampler(roles.end_ids, recipe.policy.max_tokens)
+    sampler = Sampler(roles.end_ids, recipe.policy.max_tokens, context_tokens=roles.context_tokens)
     own = anchor_features(roles, sampler, prompts, seed)
     ensemble = reward_model.fit(roles, train, own, recipe.reward, recipe.reward.members, seed)
     judge = reward_model.fit(roles, held_out, own, recipe.reward, 1, seed)

@@ -3,6 +3,7 @@
 Legend: B sequences, P prompt tokens, T reply tokens, V vocabulary.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Rollout:
     logprobs: list[float]
     """[T] log-probability of each sampled token at the sampling temperature, before any token was ruled out."""
     ended: bool
-    """False where the reply was cut off at the longest length."""
+    """False where the reply was cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Sampler:
     """Tokens less likely than this share of the likeliest one are never drawn; 0 rules none out."""
     batch_size: int = 256
     """Sequences sampled at once."""
+    context_tokens: int = sys.maxsize
+    """Longest prompt and reply together, which cuts a reply off as the longest reply does."""
 
     @torch.no_grad()
     def sample(
@@ -84,12 +87,16 @@ class Sampler:
                 replies[row].append(token)
                 logprobs[row].append(logprob)
                 ended[row] = token in self.end_ids
-            keep = [index for index, row in enumerate(rows) if not ended[row]]
+            keep = [
+                index
+                for index, row in enumerate(rows)
+                if not ended[row] and len(prompts[row]) + len(replies[row]) < self.context_tokens
+            ]
             if not keep:
                 break
             ids, positions = tokens, positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            if len(keep) < len(rows):  # rows that have ended cost nothing more
+            if len(keep) < len(rows):  # rows that are done cost nothing more
                 kept = torch.tensor(keep, device=device)
                 cache.batch_select_indices(kept)
                 ids, positions, mask = ids[kept], positions[kept], mask[kept]

@@ -89,3 +89,15 @@ def test_a_pad_token_that_the_model_has_no_embedding_for_does_no_harm(tmp_path: 
     roles = Roles.load(tmp_path, rank=4)
     batch = Batch.collate([([5, 6], [7, 8, 1]), ([5], [9, 1])], roles.pad_id, roles.device)
     assert roles.read(batch).logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_reply_is_cut_off_where_the_models_context_ends(family: str, tmp_path: Path) -> None:
+    roles = Roles.load(make_family(tmp_path, family), rank=4)
+    sampler = Sampler(roles.end_ids, max_tokens=12, context_tokens=roles.context_tokens)
+    room = [2, 5, 40]
+    prompts = [[7] * (roles.context_tokens - tokens) for tokens in room]
+    with roles.acting_as(POLICY):
+        rollouts = sampler.sample(roles.model, prompts, torch.Generator().manual_seed(0))
+    assert [len(rollout.reply_ids) for rollout in rollouts] == [2, 5, 12]
+    assert not any(rollout.ended for rollout in rollouts)
