@@ -118,7 +118,10 @@ def learn(
     live = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
     anchor_right = gate.draw_anchor_right(roles, served, guards, seed)
     outcome = _train(roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch)
-    watch.note(training=watch.metrics["training"] | {"kept": outcome.kept, "why": outcome.why})
+    # With every iteration again: an earlier run may have been cut off between one's end and its note.
+    iterations = [asdict(iteration) for iteration in outcome.iterations]
+    told = {"method": recipe.method, "iterations": iterations, "kept": outcome.kept, "why": outcome.why}
+    watch.note(training=told)
 
     watch.enter("gate")
     verdict = None

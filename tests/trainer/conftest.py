@@ -3,6 +3,13 @@
 import pytest
 import torch
 
+from tests.trainer.tiny_cycle import open_gate
+
+
+@pytest.fixture
+def _open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_gate(monkeypatch)
+
 
 @pytest.fixture
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
