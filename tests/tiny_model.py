@@ -6,22 +6,86 @@ It talks nonsense, which is all that tests of the service need; nothing here is 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+SMALL: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 128,
+}  # fmt: skip
+WINDOW = {"sliding_window": 8}  # shorter than prompts, so that it matters
+GEMMA = SMALL | WINDOW | {"head_dim": 16, "query_pre_attn_scalar": 16}
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, SMALL),
+    "qwen2": (Qwen2Config, SMALL),
+    "qwen3": (Qwen3Config, SMALL | {"head_dim": 16}),
+    "mistral": (MistralConfig, SMALL | WINDOW),
+    "gemma2": (Gemma2Config, GEMMA | {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 0.5}),
+    "gemma3": (Gemma3TextConfig, GEMMA | {"sliding_window_pattern": 2}),
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}),
+    "granite": (GraniteConfig, SMALL | {"logits_scaling": 4.0}),
+    "cohere": (CohereConfig, SMALL | {"logit_scale": 0.25}),
+}
+"""Small ones, in which what sets a family apart is large enough to be seen."""
 PROBE = [[5, 9, 40, 41, 12, 77, 60], [3, 70, 71, 80, 1, 4, 33, 90]]
 
 
 def make_model(folder: Path) -> Path:
     """Write a Hugging Face model folder (two layers, hidden 128, head size 64, untied)."""
+    tokenizer = _make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    model = LlamaForCausalLM(_config(len(tokenizer)))
+    with torch.no_grad():
+        model.lm_head.weight[model.config.eos_token_id] = 0  # replies are long: hardly ever ends one
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_family(folder: Path, family: str, *, tied: bool = True, padded: bool = True) -> Path:
+    """Write a model folder of a family in `FAMILIES`, with its embeddings tied or not, with a pad token or without one."""
+    tokenizer = _make_tokenizer()
+    if family.startswith(
+        "gemma"
+    ):  # as Gemma's own: what ends a reply is not what the tokenizer calls the end
+        tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    if not padded:
+        tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    kind, settings = FAMILIES[family]
+    ends = sorted({tokenizer.eos_token_id, SPECIAL.index("<|end|>")})
+    torch.manual_seed(0)
+    config = kind(
+        **settings, vocab_size=len(tokenizer), tie_word_embeddings=tied, initializer_range=0.2,
+        bos_token_id=None, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def _make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,15 +96,9 @@ def make_model(folder: Path) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(["what colour is a lemon? a lemon is yellow."] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", chat_template=TEMPLATE
     )
-    fast.save_pretrained(folder)
-    model = LlamaForCausalLM(_config(len(fast)))
-    with torch.no_grad():
-        model.lm_head.weight[model.config.eos_token_id] = 0  # replies are long: hardly ever ends one
-    model.save_pretrained(folder)
-    return folder
 
 
 def _config(vocab_size: int) -> LlamaConfig:
@@ -71,7 +129,7 @@ def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3) -> P
         "name": folder.name,
         "parent": "policy-000000",
         "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (weights, config)},
-        "probe": [{"token_ids": ids, "logprobs": _logprobs(model, ids)} for ids in PROBE],
+        "probe": [{"token_ids": ids, "logprobs": read_logprobs(model, ids)} for ids in PROBE],
         "probe_tolerance": 0.2,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -79,7 +137,8 @@ def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3) -> P
     return folder
 
 
-def _logprobs(model: torch.nn.Module, ids: list[int]) -> list[float | None]:
+def read_logprobs(model: torch.nn.Module, ids: list[int]) -> list[float | None]:
+    """Of each token after those before it, by the model's whole forward on this one sequence; null for the first."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0]
     scores = torch.log_softmax(logits.float(), dim=-1)

@@ -96,7 +96,7 @@ def learn(
             f"The votes are on {prompts_voted} prompts: too few to hold some out and learn from the rest."
         )
     prompts = preferences.prompts
-    sampler = Sampler(roles.end_ids, recipe.policy.max_tokens)
+    sampler = Sampler(roles.end_ids, recipe.policy.max_tokens, context_tokens=roles.context_tokens)
     own = anchor_features(roles, sampler, prompts, seed)
     ensemble = reward_model.fit(roles, train, own, recipe.reward, recipe.reward.members, seed)
     judge = reward_model.fit(roles, held_out, own, recipe.reward, 1, seed)
@@ -120,7 +120,10 @@ def learn(
     anchor_right = gate.draw_anchor_right(roles, served, guards, seed)
     guard = gate.GuardSet(roles, served, guards, live.right.mean().item(), seed) if guards else None
     outcome = _train(roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch, guard)
-    watch.note(training=watch.metrics["training"] | {"kept": outcome.kept, "why": outcome.why})
+    # With every iteration again: an earlier run may have been cut off between one's end and its note.
+    iterations = [asdict(iteration) for iteration in outcome.iterations]
+    told = {"method": recipe.method, "iterations": iterations, "kept": outcome.kept, "why": outcome.why}
+    watch.note(training=told)
 
     watch.enter("gate")
     verdict = None

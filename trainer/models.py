@@ -11,13 +11,15 @@ Sequences are padded on the right: with a causal model nothing real can see the 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from service.tables import Message
 
@@ -79,6 +81,9 @@ class Roles(nn.Module):
     def load(base: str | Path, rank: int, parent: Path | None = None) -> "Roles":
         """The base with one adapter, `policy`: that of the parent policy, or a new one that changes nothing yet."""
         model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(torch.get_default_device()))
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            # Gemma 2: faster attention leaves the cap out, without a word; the engine does not.
+            model.set_attn_implementation("eager")
         tokenizer = AutoTokenizer.from_pretrained(base)
         lora = LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -105,9 +110,11 @@ class Roles(nn.Module):
 
     @property
     def pad_id(self) -> int:
-        """What fills the right of a batch; never attended to, so any token serves where the tokenizer has none."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.end_ids[0])
+        """What fills the right of a batch: never attended to, so any token serves.
+
+        Not the tokenizer's pad token: there may be none, or one that was added later, which the model has no embedding for.
+        """
+        return self.end_ids[0]
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -119,6 +126,21 @@ class Roles(nn.Module):
             raise ValueError("The tokenizer names no end-of-sequence token: a reply could never end.")
         return tuple(sorted(found, key=lambda token: token != self.tokenizer.eos_token_id))
 
+    @cached_property
+    def reply_end_id(self) -> int:
+        """Of the end tokens the one that the chat template puts after a reply; the tokenizer's own where it puts none.
+
+        They differ in Gemma: its tokenizer ends texts with one token, and its template replies with another.
+        """
+        question: Message = {"role": "user", "content": "?"}
+        prompt = self.prompt_ids([question])
+        whole: list[int] = self.tokenizer.apply_chat_template(
+            [question, {"role": "assistant", "content": "!"}], return_dict=False
+        )
+        both = zip(prompt, whole, strict=False)
+        start = next((place for place, (one, other) in enumerate(both) if one != other), len(prompt))
+        return next((token for token in whole[start:] if token in self.end_ids), self.end_ids[0])
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt as the engine sees it: the chat template with the opening of the reply."""
         ids: list[int] = self.tokenizer.apply_chat_template(
@@ -129,7 +151,7 @@ class Roles(nn.Module):
     def reply_ids(self, text: str) -> list[int]:
         """A finished reply: its tokens and the end token."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.end_ids[0]]
+        return [*ids, self.reply_end_id]
 
     def decode(self, reply_ids: list[int]) -> str:
         """A reply as text, without its end token."""
@@ -171,25 +193,34 @@ class Roles(nn.Module):
         The vocabulary is computed at the reply's tokens alone. Logits are divided by the sampling temperature first.
         """
         with self.acting_as(POLICY):
-            return self._reply_logprobs(self._states(batch), batch, temperature)
+            return self._forward(batch, temperature)[1]
 
     @torch.no_grad()
     def read(self, batch: Batch, temperature: float = 1.0) -> Reading:
         """One pass of the reference: all that reference, reward models and value need of a batch."""
         with self.acting_as(REFERENCE):
-            states = self._states(batch)
-            return Reading(states.float(), self._reply_logprobs(states, batch, temperature))
+            states, logprobs = self._forward(batch, temperature)
+            return Reading(states.float(), logprobs)
 
-    def _states(self, batch: Batch) -> Tensor:
-        backbone = self.model.get_base_model().base_model
-        states: Tensor = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
-        return states
+    def _forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+        """[B, L, H] last hidden states, and [B, L] log-probabilities of the reply's tokens.
 
-    def _reply_logprobs(self, states: Tensor, batch: Batch, temperature: float) -> Tensor:
+        The logits are the model's own, since families scale or cap them (Gemma, Granite, Cohere): on the way from its backbone to
+        its output embeddings all states but those that the reply's tokens were chosen from are taken away.
+        """
+        model = self.model.get_base_model()
         at_reply = batch.reply_mask[:, 1:].bool()
-        logits = self.model.get_output_embeddings()(states[:, :-1][at_reply])  # (tokens, V)
+        all_states: list[Tensor] = []
+
+        def keep_reply(_: nn.Module, __: tuple[Any, ...], output: ModelOutput) -> ModelOutput:
+            all_states.append(output.last_hidden_state)
+            output.last_hidden_state = output.last_hidden_state[:, :-1][at_reply][None]  # (1, tokens, H)
+            return output
+
+        with model.base_model.register_forward_hook(keep_reply):
+            logits = model(input_ids=batch.ids, use_cache=False).logits[0]  # (tokens, V)
         targets = batch.ids[:, 1:][at_reply]
         flat = -nn.functional.cross_entropy(logits.float() / temperature, targets, reduction="none")
         result = torch.zeros(batch.ids.shape, device=flat.device)
         result[:, 1:][at_reply] = flat
-        return result
+        return all_states[0], result

@@ -119,7 +119,9 @@ class PPO:
         self.judge = judge
         self.prompts = prompts
         self.settings = settings
-        self.sampler = Sampler(roles.end_ids, settings.max_tokens, settings.temperature)
+        self.sampler = Sampler(
+            roles.end_ids, settings.max_tokens, settings.temperature, context_tokens=roles.context_tokens
+        )
         self.generator = torch.Generator(device=roles.device).manual_seed(seed)
         self.rng = random.Random(seed)
         self.microbatch = min(settings.microbatch, settings.minibatch)

@@ -229,7 +229,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         roles = run.roles
         prompts = random.Random(run.seed).choices(run.prompts, k=scoring.rollouts)
         generator = torch.Generator(device=roles.device).manual_seed(run.seed)
-        sampler = Sampler(roles.end_ids, scoring.max_tokens, scoring.temperature)
+        sampler = Sampler(
+            roles.end_ids, scoring.max_tokens, scoring.temperature, context_tokens=roles.context_tokens
+        )
         with roles.acting_as(POLICY):
             rollouts = sampler.sample(roles.model, prompts, generator)
         return measure(number, roles, run.ensemble, run.judge, rollouts, scoring, run.settings.beta)

@@ -3,6 +3,7 @@
 Legend: B sequences, P prompt tokens, T reply tokens, V vocabulary.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Rollout:
     logprobs: list[float]
     """[T] log-probability of each sampled token at the sampling temperature, before any token was ruled out."""
     ended: bool
-    """False where the reply was cut off at the longest length."""
+    """False where the reply was cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class Sampler:
     """Tokens less likely than this share of the likeliest one are never drawn; 0 rules none out."""
     batch_size: int = 256
     """Sequences sampled at once."""
+    context_tokens: int = sys.maxsize
+    """Longest prompt and reply together, which cuts a reply off as the longest reply does."""
 
     @torch.no_grad()
     def sample(
@@ -71,6 +74,7 @@ class Sampler:
         replies: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
+        done = [False] * len(prompts)  # also where the context is full
         for _ in range(self.max_tokens):
             logits = model(
                 input_ids=ids,
@@ -87,14 +91,20 @@ class Sampler:
             tokens = torch.multinomial(odds * (odds >= self.min_p), 1, generator=generator)  # (B, 1)
             chosen = distribution.gather(1, tokens)[:, 0].tolist()
             for row, token, logprob in zip(rows, tokens[:, 0].tolist(), chosen, strict=True):
-                if not ended[row]:
-                    replies[row].append(token)
-                    logprobs[row].append(logprob)
-                    ended[row] = token in self.end_ids
-            keep = [index for index, row in enumerate(rows) if not ended[row]]
+                if done[row]:
+                    continue
+                replies[row].append(token)
+                logprobs[row].append(logprob)
+                ended[row] = token in self.end_ids
+                done[row] = ended[row] or len(prompts[row]) + len(replies[row]) >= self.context_tokens
+            keep = [index for index, row in enumerate(rows) if not done[row]]
             if not keep:
                 break
-            ids, positions, seen = tokens, positions[:, -1:] + 1, seen + 1
+            ids, positions, seen = (
+                tokens,
+                (positions[:, -1:] + 1).clamp(max=self.context_tokens - 1),
+                seen + 1,
+            )
             if len(keep) <= SHRINK * len(rows):
                 kept = torch.tensor(keep, device=device)
                 cache.batch_select_indices(kept)

@@ -157,14 +157,6 @@ def try_challengers(sessions: sessionmaker[Session]) -> threading.Thread:
     return thread
 
 
-@pytest.fixture
-def _open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model learns nothing that a gate would let pass."""
-    passing = gate.Check("test", 1.0, 1.0, True, "let pass")
-    monkeypatch.setattr(gate, "decide", lambda *_, **__: gate.Verdict([passing]))
-    monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: len(iterations) - 1)
-
-
 @pytest.mark.usefixtures("_open_gate")
 def test_votes_become_a_live_policy_with_its_whole_lineage(
     settings: Settings, sessions: sessionmaker[Session]

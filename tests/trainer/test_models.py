@@ -1,65 +1,103 @@
-"""The roles over bases of other families, tied embeddings or not, with and without a pad token."""
+"""The roles over bases of every family: log-probabilities are what the model itself computes, however batches are padded."""
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    Qwen2Config,
-)
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny_model import make_model
+from tests.tiny_model import FAMILIES, SPECIAL, make_family, read_logprobs
 from trainer.models import POLICY, Batch, Roles
-from trainer.publish import save_adapter
 from trainer.rollouts import Sampler
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama, tied": LlamaConfig(vocab_size=384, tie_word_embeddings=True, **SMALL),
-    "qwen2": Qwen2Config(vocab_size=384, num_key_value_heads=1, tie_word_embeddings=False, **SMALL),
-    "mistral": MistralConfig(vocab_size=384, num_key_value_heads=1, **SMALL),
-    "gpt2, tied": GPT2Config(vocab_size=384, n_embd=64, n_layer=2, n_head=2),
-}
+QUESTIONS = ("lemon?", "What colour is a lemon, and what is a lemon?")
+EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+TIED_OR_NOT = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+pytestmark = pytest.mark.usefixtures("_exact")
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_base_of_any_family_can_be_read_sampled_trained_and_saved(family: str, tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.pad_token = None
-    tokenizer.save_pretrained(base)
+def load_trained(base: Path) -> Roles:
+    """With a policy that is not the anchor."""
     torch.manual_seed(0)
-    config = CONFIGS[family]
-    config.eos_token_id, config.bos_token_id = tokenizer.eos_token_id, None
-    AutoModelForCausalLM.from_config(config).save_pretrained(base)
-
     roles = Roles.load(base, rank=4)
-    prompt = roles.prompt_ids([{"role": "user", "content": "lemon?"}])
-    batch = Batch.collate([(prompt, roles.reply_ids("yes")), (prompt, [40])], roles.pad_id, roles.device)
-    before = roles.read(batch).logprobs
-    assert torch.isfinite(before).all()
+    with torch.no_grad():
+        for weights in roles.policy_parameters():
+            nn.init.normal_(weights, std=0.1)
+    return roles
 
-    optimizer = torch.optim.Adam(roles.policy_parameters(), lr=3e-3)
-    for _ in range(5):
-        (-roles.logprobs(batch).sum()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    after = roles.logprobs(batch).detach()
-    assert after.sum() > before.sum()
-    assert torch.equal(roles.read(batch).logprobs, before), "the anchor moved"
 
+def prompts_of(roles: Roles) -> list[list[int]]:
+    return [roles.prompt_ids([{"role": "user", "content": text}]) for text in QUESTIONS]
+
+
+@EVERY_FAMILY
+@TIED_OR_NOT
+@torch.no_grad()
+def test_the_trainers_logprobs_are_the_models_own(family: str, tied: bool, tmp_path: Path) -> None:
+    roles = load_trained(make_family(tmp_path, family, tied=tied))
+    # Attention written out is what a family's paper says; faster kinds may leave something out.
+    anchor = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    replies = [roles.reply_ids(text) for text in ("a lemon is yellow, yes", "no")]
+    pairs = [(prompt, reply) for prompt in prompts_of(roles) for reply in replies]
+    batch = Batch.collate(pairs, roles.pad_id, roles.device)
+    for model, found in ((anchor, roles.read(batch).logprobs), (roles.model, roles.logprobs(batch))):
+        own = [read_logprobs(model, prompt + reply)[len(prompt) :] for prompt, reply in pairs]
+        assert found[batch.reply_mask.bool()].tolist() == pytest.approx(list(chain(*own)), abs=1e-4)
+        assert not found[~batch.reply_mask.bool()].any()
+    assert (roles.read(batch).logprobs - roles.logprobs(batch)).abs().max() > 0.05
+
+
+@EVERY_FAMILY
+@torch.no_grad()
+def test_the_samplers_logprobs_are_the_trainers(family: str, tmp_path: Path) -> None:
+    roles = load_trained(make_family(tmp_path, family))
+    one_in_eight = tuple(range(0, 280, 8))
     with roles.acting_as(POLICY):
-        rollouts = Sampler(roles.end_ids, max_tokens=4).sample(
-            roles.model, [prompt], torch.Generator().manual_seed(0)
+        rollouts = Sampler(one_in_eight, max_tokens=12).sample(
+            roles.model, prompts_of(roles) * 8, torch.Generator().manual_seed(0)
         )
-    assert 1 <= len(rollouts[0].reply_ids) <= 4
+    lengths = {len(rollout.reply_ids) for rollout in rollouts}
+    assert len(lengths) > 3, "rows leave the batch at different times"
+    batch = Batch.collate([(r.prompt_ids, r.reply_ids) for r in rollouts], roles.pad_id, roles.device)
+    sampled = chain.from_iterable(rollout.logprobs for rollout in rollouts)
+    assert roles.logprobs(batch)[batch.reply_mask.bool()].tolist() == pytest.approx(list(sampled), abs=1e-4)
 
-    save_adapter(roles, tmp_path / "policy")
-    again = Roles.load(base, rank=4, parent=tmp_path / "policy")
-    torch.testing.assert_close(again.logprobs(batch).detach(), after)
+
+@EVERY_FAMILY
+def test_a_finished_reply_ends_as_the_chat_template_ends_one(family: str, tmp_path: Path) -> None:
+    roles = Roles.load(make_family(tmp_path, family), rank=4)
+    said = [{"role": "user", "content": "lemon?"}, {"role": "assistant", "content": "yes"}]
+    whole = roles.tokenizer.apply_chat_template(said, return_dict=False)
+    assert roles.prompt_ids(said[:1]) + roles.reply_ids("yes") == whole
+    assert roles.reply_ids("yes")[-1] == SPECIAL.index("<|end|>")
+
+
+def test_a_template_that_ends_no_reply_leaves_it_to_the_tokenizer(tmp_path: Path) -> None:
+    roles = Roles.load(make_family(tmp_path, "llama"), rank=4)
+    roles.tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    assert roles.reply_ids("yes")[-1] == roles.tokenizer.eos_token_id
+
+
+def test_a_pad_token_that_the_model_has_no_embedding_for_does_no_harm(tmp_path: Path) -> None:
+    make_family(tmp_path, "llama", padded=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "<|late|>"})
+    tokenizer.save_pretrained(tmp_path)
+    roles = Roles.load(tmp_path, rank=4)
+    batch = Batch.collate([([5, 6], [7, 8, 1]), ([5], [9, 1])], roles.pad_id, roles.device)
+    assert roles.read(batch).logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_reply_is_cut_off_where_the_models_context_ends(family: str, tmp_path: Path) -> None:
+    roles = Roles.load(make_family(tmp_path, family), rank=4)
+    sampler = Sampler(roles.end_ids, max_tokens=12, context_tokens=roles.context_tokens)
+    room = [2, 5, 40]
+    prompts = [[7] * (roles.context_tokens - tokens) for tokens in room]
+    with roles.acting_as(POLICY):
+        rollouts = sampler.sample(roles.model, prompts, torch.Generator().manual_seed(0))
+    assert [len(rollout.reply_ids) for rollout in rollouts] == [2, 5, 12]
+    assert not any(rollout.ended for rollout in rollouts)

@@ -1,0 +1,17 @@
+"""Fixtures for the tests of the trainer."""
+
+import pytest
+import torch
+
+from tests.trainer.tiny_cycle import open_gate
+
+
+@pytest.fixture
+def _open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_gate(monkeypatch)
+
+
+@pytest.fixture
+def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16, where a machine has it, would hide a difference in its rounding."""
+    monkeypatch.setattr("trainer.models.compute_dtype", lambda _: torch.float32)

@@ -1,0 +1,43 @@
+"""Any model: each family of bases goes through the whole cycle, with tied embeddings or not, with a pad token or without one."""
+
+from itertools import compress
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.policies import read_folder
+from tests.tiny_model import make_family, read_logprobs
+from tests.trainer.tiny_cycle import NAME, RANK, VOTES, learn_and_publish
+from trainer.models import Batch, Roles
+
+
+@pytest.mark.usefixtures("_open_gate", "_exact")
+@pytest.mark.parametrize(("tied", "padded"), [(True, True), (False, False)], ids=["tied, padded", "neither"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"])
+def test_a_base_of_any_family_goes_through_the_whole_cycle(
+    family: str, tied: bool, padded: bool, tmp_path: Path
+) -> None:
+    base = make_family(tmp_path / "base", family, tied=tied, padded=padded)
+    torch.manual_seed(0)
+    roles = Roles.load(base, RANK)
+    assert (roles.model.get_input_embeddings().weight is roles.model.get_output_embeddings().weight) == tied
+    assert (roles.tokenizer.pad_token is not None) == padded
+    prompt = roles.prompt_ids(VOTES[0].messages)
+    batch = Batch.collate(
+        [(prompt, roles.reply_ids(text)) for text in VOTES[0].replies], roles.pad_id, roles.device
+    )
+    anchor = roles.read(batch).logprobs
+    assert torch.equal(roles.logprobs(batch), anchor), "a new adapter changes something"
+
+    published = learn_and_publish(roles, tmp_path)
+
+    assert torch.equal(roles.read(batch).logprobs, anchor), "the anchor moved"
+    again = Roles.load(base, RANK, published)
+    policy = again.logprobs(batch).detach()
+    assert (policy - anchor).abs().max() > 0.05
+    assert torch.equal(policy, roles.logprobs(batch))
+    for probe in read_folder(NAME, published).probe:
+        found = read_logprobs(again.model, probe.token_ids)
+        told = [logprob is not None for logprob in probe.logprobs]
+        assert list(compress(found, told)) == pytest.approx(list(compress(probe.logprobs, told)), abs=1e-4)
