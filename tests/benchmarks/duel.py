@@ -97,11 +97,11 @@ class Errors:
     duels: int
     promoted: float
     rejected: float
+    undecided: float
 
     @property
     def row(self) -> list[str]:
-        undecided = 1 - self.promoted - self.rejected
-        shares = (self.promoted, self.rejected, undecided)
+        shares = (self.promoted, self.rejected, self.undecided)
         return [self.voters, *(_percent(share, self.duels) for share in shares)]
 
 
@@ -185,7 +185,8 @@ def measure_errors(rules: Rules, duels: int, chance: np.random.Generator) -> lis
     results = []
     for name, (voters, boundary) in cases.items():
         (ends,) = run_duels(voters, [boundary], rules.most_votes, duels, chance)
-        results.append(Errors(name, duels, float(ends.promoted.mean()), float(ends.rejected.mean())))
+        outcomes = (ends.promoted, ends.rejected, ~(ends.promoted | ends.rejected))
+        results.append(Errors(name, duels, *(float(outcome.mean()) for outcome in outcomes)))
     return results
 
 
