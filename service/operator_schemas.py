@@ -59,6 +59,8 @@ class DuelView(BaseModel):
 class ActionRequest(BaseModel):
     """Why an operator does something."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "It answers too curtly."}]})
+
     reason: Annotated[str, Field(max_length=2000)] | None = Field(None, description="Kept with the action.")
 
 

@@ -54,12 +54,12 @@ class Referee:
     async def _begin_trial(self, session: AsyncSession, deployment: Deployment, challenger: str) -> None:
         policy = await session.get_one(Policy, challenger)
         policy.state = "verified"
-        await duels.begin(session, "trial", challenger, deployment.live)
+        await duels.begin(session, "trial", challenger, deployment.live, self._settings.duel_votes_per_user)
         log.info("%s is on trial against %s", challenger, deployment.live)
 
     async def _decide(self, session: AsyncSession, duel: Duel) -> Deployment | None:
         settings = self._settings
-        counted = await duels.count(session, duel, settings.duel_votes_per_user)
+        counted = await duels.count(session, duel)
         rules = Rules(max(1, settings.duel_votes), settings.duel_error, settings.duel_error)
         verdict = decide(counted.tally, rules)
         now = counted.as_dict() | asdict(verdict)
@@ -103,5 +103,7 @@ class Referee:
         log.info("%s is live", challenger)
         watches = self._settings.duel_votes > 0 and self._settings.watch_share > 0
         if watches and deployment.previous is not None:
-            await duels.begin(session, "watch", deployment.live, deployment.previous)
+            await duels.begin(
+                session, "watch", deployment.live, deployment.previous, self._settings.duel_votes_per_user
+            )
         return deployment

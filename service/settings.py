@@ -82,8 +82,8 @@ class Settings(BaseSettings):
     """Share of comparisons that are between challenger and live while a challenger is on trial."""
     watch_share: float = Field(0.1, ge=0, le=1)
     """Share of comparisons that are between live and the policy before it, after a promotion; 0: none."""
-    duel_votes_per_user: int = Field(100, ge=1)
-    """Votes of one user that count in a duel: the first ones."""
+    duel_votes_per_user: int = Field(0, ge=0)
+    """Votes of one user that count in a duel: the first ones. 0: one where 50 users or more voted within 30 days, else all of them."""
     duel_error: float = Field(0.05, gt=0, lt=0.5)
     """Probability with which a policy that is no better is promoted, or one that is no worse rolled back, however often one looks."""
 

@@ -171,6 +171,8 @@ class Duel(Table):
     """trial: the challenger must win to go live. watch: it is live, and must not lose to the policy before it."""
     challenger: Mapped[str] = mapped_column(ForeignKey("policies.name"))
     incumbent: Mapped[str] = mapped_column(ForeignKey("policies.name"))
+    votes_per_user: Mapped[int] = mapped_column(Integer)
+    """How many of one user's votes count: the first ones."""
     outcome: Mapped[str | None]
     """Of the challenger: `better`, `worse`, or `undecided` at the cap on votes or time; `stopped`: overtaken by something
     else, as `reason` says."""

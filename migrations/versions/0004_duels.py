@@ -30,6 +30,7 @@ def upgrade() -> None:
         sa.Column("kind", sa.Text, nullable=False),
         sa.Column("challenger", sa.Text, nullable=False),
         sa.Column("incumbent", sa.Text, nullable=False),
+        sa.Column("votes_per_user", sa.Integer, nullable=False),
         sa.Column("outcome", sa.Text),
         sa.Column("reason", sa.Text),
         sa.Column("metrics", postgresql.JSONB, server_default="{}", nullable=False),

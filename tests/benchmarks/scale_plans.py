@@ -62,6 +62,7 @@ class Walk:
     def __init__(self, client: httpx.Client, settings: Settings) -> None:
         self._client = client
         self._made: set[tuple[str, str]] = set()
+        self._conninfo = libpq_url(settings)
         with psycopg.connect(libpq_url(settings)) as connection:
             row = connection.execute("SELECT name FROM users ORDER BY id DESC LIMIT 2").fetchall()
             self._light, self._removed = row[0][0], row[1][0]
@@ -85,8 +86,10 @@ class Walk:
             for choice in ("first", "second", "second"):
                 headers = {"idempotency-key": f"{path} {choice}"}
                 self._call("PUT", path, json={"choice": choice, "user": user}, headers=headers)
+            self._call("GET", path.replace("/v1/", "/operator/").replace("/vote", "/lineage"))
             for method, end in (("GET", ""), ("GET", "/history"), ("DELETE", "")):
                 self._call(method, path + end, params={"user": user})
+        self._call("GET", f"/operator/replies/{self._chat()['id']}/lineage")
 
     def rank(self) -> None:
         body = {"messages": QUESTION, "count": 4, "user": HEAVY}
@@ -117,7 +120,11 @@ class Walk:
             self._call("DELETE", f"{path}/{made}", params={"user": user})
 
     def operate(self) -> None:
-        for path in ("policies", "deployment", "cycles"):
+        for move in ("promote", "reject"):
+            with psycopg.connect(self._conninfo) as connection:  # any verified policy can be on trial
+                connection.execute("UPDATE deployment SET challenger = live")
+            self._call("POST", f"/operator/{move}")
+        for path in ("policies", "deployment", "cycles", "duels", "actions"):
             self._call("GET", f"/operator/{path}")
         self._call("GET", f"/operator/cycles/{self._call('POST', '/operator/cycles')['id']}")
         self._call("POST", "/operator/rollback")

@@ -169,6 +169,32 @@ def test_a_vote_that_is_taken_back_counts_no_more(
     wait_until(lambda: rows("SELECT metrics->>'wins' FROM duels") == [("0",)])
 
 
+def test_a_vote_counts_as_it_was_before_its_answer_named_the_policies(
+    serve: Serve, rows: Rows, engine: FakeEngine, tmp_path: Path
+) -> None:
+    client = begin_trial(serve, rows, engine, tmp_path)
+    vote = vote_for(client, NEW)
+    other = {"first": "second", "second": "first"}[vote["choice"]]
+    path = f"/v1/comparisons/{vote['comparison_id']}/vote"
+    assert client.put(path, json={"choice": other, "user": "ada"}).json()["choice"] == other
+    vote_for(client, NEW)
+    wait_until(lambda: rows("SELECT metrics->>'wins', metrics->>'losses' FROM duels") == [("2", "0")])
+
+
+@pytest.mark.parametrize(("voters", "per_user"), [(49, 1 << 30), (50, 1)])
+def test_of_many_users_one_vote_each_counts_and_of_a_few_all(
+    serve: Serve, rows: Rows, engine: FakeEngine, tmp_path: Path, voters: int, per_user: int
+) -> None:
+    client = serve(engine, **DUELLING)
+    for number in range(voters):
+        answer = compare(client, f"user-{number}")
+        path = f"/v1/comparisons/{answer['comparison']['id']}/vote"
+        rows("UPDATE replies SET content = id")  # two of one policy say the same here
+        assert client.put(path, json={"choice": "tie", "user": f"user-{number}"}).status_code == 200
+    publish(rows, NEW, make_folder(tmp_path / NEW))
+    wait_until(lambda: rows("SELECT votes_per_user FROM duels") == [(per_user,)])
+
+
 def test_an_operator_ends_a_trial_either_way_and_it_is_on_record(
     serve: Serve, rows: Rows, engine: FakeEngine, tmp_path: Path
 ) -> None:

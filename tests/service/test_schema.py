@@ -15,10 +15,12 @@ from service.tables import (
     Cycle,
     Demonstration,
     Deployment,
+    Duel,
     FeedbackEvent,
     IdempotentCall,
     Import,
     Key,
+    OperatorAction,
     Policy,
     Prompt,
     Ranking,
@@ -57,6 +59,16 @@ def add_a_row_of_everything(settings: Settings) -> None:
         session.flush()
         adapter.cycle_id = 1
         session.add(Deployment(id=1, live="policy-000000", challenger="policy-000001"))
+        session.add(
+            Policy(name="policy-000002", parent="policy-000001", path="q", state="rolled_back", manifest={})
+        )
+        session.add(Cycle(id=2, trigger="clock", stage="duel"))
+        session.flush()
+        duel = Duel(
+            id=1, kind="trial", challenger="policy-000001", incumbent="policy-000000", votes_per_user=1
+        )
+        session.add(duel)
+        session.add(OperatorAction(account="acme", action="rollback", subject="policy-000000"))
         session.add(Key(account="acme", role="user", sha256="ef", hint="rk-ab"))
         session.add(Conversation(id="conv-1", user_id=1))
         session.add(Import(id=1, name="old", format="pairs", sha256="cd", num_rows=1, num_new=1))
@@ -66,7 +78,7 @@ def add_a_row_of_everything(settings: Settings) -> None:
         session.flush()
         session.add(Reply(id="chatcmpl-1", prompt_id=1, policy="policy-000000", sampling={"temperature": 1}))
         session.add(Reply(id="chatcmpl-2", prompt_id=1, imported_policy="gpt", sampling={}))
-        session.add(Comparison(id="cmp-1", prompt_id=1, user_id=1, reason="always", propensity=1))
+        session.add(Comparison(id="cmp-1", prompt_id=1, user_id=1, reason="always", propensity=1, duel_id=1))
         session.flush()
         session.add(ComparisonReply(comparison_id="cmp-1", position=0, reply_id="chatcmpl-1"))
         session.add(
@@ -134,6 +146,18 @@ def test_going_down_one_migration_keeps_what_the_older_tables_can_hold(database:
     schema.upgrade(database)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT feedback_id FROM snapshot_feedback")).scalars().all() == ["1"]
+
+
+def test_without_duels_what_was_on_trial_is_a_challenger_and_what_was_taken_back_is_rejected(
+    database: Settings,
+) -> None:
+    add_a_row_of_everything(database)
+    schema.downgrade(database, "0003")
+    with sync_engine(database).connect() as connection:
+        assert connection.execute(text("SELECT stage FROM cycles WHERE id = 2")).scalar_one() == "swap"
+        states = dict(connection.execute(text("SELECT name, state FROM policies")).all())
+        assert states["policy-000002"] == "rejected"
+        assert connection.execute(text("SELECT challenger FROM deployment")).scalar_one() == "policy-000001"
 
 
 def test_an_upgrade_with_nothing_to_do_keeps_the_rows(database: Settings) -> None:

@@ -145,7 +145,15 @@ def try_challengers(sessions: sessionmaker[Session]) -> threading.Thread:
                     name = deployment.challenger
                     session.get_one(Policy, name).state = "verified"
                     votes = {"wins": 3, "losses": 17}
-                    session.add(Duel(kind="trial", challenger=name, incumbent=deployment.live, metrics=votes))
+                    session.add(
+                        Duel(
+                            kind="trial",
+                            challenger=name,
+                            incumbent=deployment.live,
+                            votes_per_user=1,
+                            metrics=votes,
+                        )
+                    )
                 elif name is not None and session.get_one(Cycle, 1).stage == "duel":
                     policy = session.get_one(Policy, name)
                     policy.state, policy.reason = "rejected", "the votes prove it worse"
