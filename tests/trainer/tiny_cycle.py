@@ -1,12 +1,13 @@
 """A cycle on a tiny model without a database: votes are learnt from, and what comes out is published."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from trainer import gate, preferences
 from trainer.guard import Guard
@@ -67,11 +68,11 @@ def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: len(iterations) - 1)
 
 
-def learn_and_publish(roles: Roles, folder: Path) -> Path:
-    """Votes become a published policy. Returns its folder; checkpoints lie beside it."""
+def learn_and_publish(roles: Roles, folder: Path, recipe: Recipe = RECIPE) -> Path:
+    """Votes become a published policy. Returns its folder."""
     watch = Unwatched()
     lesson = preferences.read(roles, VOTES, votes_per_user=100)
-    learned = learn(roles, lesson.preferences, GUARDS, RECIPE, SEED, folder / "checkpoints", watch)
+    learned = learn(roles, lesson.preferences, GUARDS, recipe, SEED, checkpoints_in(folder), watch)
     lineage = Lineage(
         name=NAME,
         parent="policy-000000",
@@ -86,16 +87,22 @@ def learn_and_publish(roles: Roles, folder: Path) -> Path:
     return publish(roles, learned.probes, lineage, policies_in(folder))
 
 
+def checkpoints_in(folder: Path) -> Path:
+    return folder / "checkpoints"
+
+
 def policies_in(folder: Path) -> Path:
     return folder / "policies"
 
 
-def run_trainer(base: Path, folder: Path) -> None:
-    """What a trainer's process does that may be killed: it goes on where the last one stopped, until a policy is published."""
+def run_trainer(base: Path, folder: Path, iterations: int) -> None:
+    """A process that may be killed: it goes on where the last one stopped, until a policy is published."""
     if (policies_in(folder) / NAME / "READY").exists():
         return
+    logging.disable_progress_bar()  # a bar has locks, which a process that is killed leaves behind
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
+    recipe = replace(RECIPE, policy=replace(RECIPE.policy, iterations=iterations))
     with pytest.MonkeyPatch.context() as patch:
         open_gate(patch)
-        learn_and_publish(Roles.load(base, RANK), folder)
+        learn_and_publish(Roles.load(base, RANK), folder, recipe)
