@@ -133,3 +133,46 @@ async def count(session: AsyncSession, duel: Duel) -> Count:
         )
     ).one()
     return Count(Tally(row.wins, row.losses, row.ties), row.chose_first)
+
+
+GUARDED = text(
+    """
+WITH pairs AS (
+    SELECT new.finish_reason AS new_end, old.finish_reason AS old_end,
+        new.completion_tokens AS new_tokens, old.completion_tokens AS old_tokens,
+        extract(epoch FROM new.ended_at - new.created_at) AS new_seconds,
+        extract(epoch FROM old.ended_at - old.created_at) AS old_seconds
+    FROM comparisons
+    JOIN comparison_replies AS shown ON shown.comparison_id = comparisons.id
+    JOIN replies AS new ON new.id = shown.reply_id AND new.policy = :challenger
+    JOIN comparison_replies AS beside ON beside.comparison_id = comparisons.id
+    JOIN replies AS old ON old.id = beside.reply_id AND old.policy = :incumbent
+    WHERE comparisons.duel_id = :duel_id
+        AND new.finish_reason IN ('stop', 'length', 'error') AND old.finish_reason IN ('stop', 'length', 'error')
+)
+SELECT
+    count(*) FILTER (WHERE new_end = 'error' AND old_end <> 'error') AS new_failed,
+    count(*) FILTER (WHERE old_end = 'error' AND new_end <> 'error') AS old_failed,
+    count(*) FILTER (WHERE new_end = 'length' AND old_end = 'stop') AS new_cut_off,
+    count(*) FILTER (WHERE old_end = 'length' AND new_end = 'stop') AS old_cut_off,
+    count(*) FILTER (WHERE new_tokens > 4 * old_tokens) AS new_long,
+    count(*) FILTER (WHERE old_tokens > 4 * new_tokens) AS old_long,
+    count(*) FILTER (WHERE new_seconds > 4 * old_seconds + 1) AS new_slow,
+    count(*) FILTER (WHERE old_seconds > 4 * new_seconds + 1) AS old_slow
+FROM pairs
+"""
+)
+GUARDS = {
+    "failed": "failed",
+    "cut_off": "was cut off",
+    "long": "was more than four times as long",
+    "slow": "took more than four times as long, and a second",
+}
+"""What a reply can do that the one beside it did not, whatever people say of it."""
+
+
+async def count_guards(session: AsyncSession, duel: Duel) -> dict[str, list[int]]:
+    """How often it was the challenger's reply alone, and how often the incumbent's, of all pairs that were shown."""
+    names = {"duel_id": duel.id, "challenger": duel.challenger, "incumbent": duel.incumbent}
+    row = (await session.execute(GUARDED, names)).one()._mapping
+    return {name: [row[f"new_{name}"], row[f"old_{name}"]] for name in GUARDS}

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
+from service.schemas import Text
+
 Role = Literal["user", "labeler", "operator"]
 
 
@@ -61,7 +63,7 @@ class ActionRequest(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "It answers too curtly."}]})
 
-    reason: Annotated[str, Field(max_length=2000)] | None = Field(None, description="Kept with the action.")
+    reason: Annotated[Text, Field(max_length=2000)] | None = Field(None, description="Kept with the action.")
 
 
 class ActionView(BaseModel):

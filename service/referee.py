@@ -2,10 +2,13 @@
 
 A challenger that every replica has verified goes on trial against live. It goes live once the votes prove it better; it is
 rejected once they prove it worse, or when votes or time run out. Then it is watched against the policy before it, and taken
-back by itself once the votes prove it worse.
+back by itself once the votes prove it worse. Votes or not, it is worse where, side by side with the other, its replies fail, are cut
+off, or are far too long or slow, and the other's are not.
 """
 
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -13,7 +16,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from service import duels, metrics, policies
-from service.duel import Rules, decide
+from service.duel import Rules, Tally, decide, log_evidence
 from service.duels import Outcome
 from service.settings import Settings
 from service.tables import Deployment, Duel, Policy
@@ -62,17 +65,19 @@ class Referee:
         counted = await duels.count(session, duel)
         rules = Rules(max(1, settings.duel_votes), settings.duel_error, settings.duel_error)
         verdict = decide(counted.tally, rules)
-        now = counted.as_dict() | asdict(verdict)
+        guards = await duels.count_guards(session, duel)
+        now = counted.as_dict() | asdict(verdict) | {"guards": guards}
         if duel.metrics != now:
             duel.metrics = now
         metrics.show_duel(duel.kind, counted.tally.wins, counted.tally.losses, counted.tally.ties)
         outcome: Outcome | None = verdict.outcome
+        reason = _votes_reason(duel, counted.tally, outcome)
+        if fault := _find_fault(guards, settings.duel_error):
+            outcome, reason = "worse", fault
         if outcome is None and await self._is_overdue(session, duel):
             outcome = "undecided"
         if outcome is None:
             return None
-        tally = counted.tally
-        reason = f"{tally.wins} votes for {duel.challenger}, {tally.losses} for {duel.incumbent}, {tally.ties} for neither."
         await duels.end(session, duel, outcome, reason)
         metrics.DUELS.labels(duel.kind, outcome).inc()
         log.info("%s of %s: %s; %s", duel.kind, duel.challenger, outcome, reason)
@@ -88,11 +93,10 @@ class Referee:
         if duel.kind == "trial":
             if outcome == "better":
                 return await self._promote(session, duel.challenger)
-            why = "the votes prove it worse" if outcome == "worse" else "the votes do not prove it better"
-            return await policies.reject(session, duel.challenger, f"{why}: {reason}")
+            return await policies.reject(session, duel.challenger, reason)
         if outcome == "worse":
             metrics.ROLLBACKS.inc()
-            return await policies.roll_back(session, because=f"the votes prove it worse: {reason}")
+            return await policies.roll_back(session, because=reason)
         return None
 
     async def _promote(self, session: AsyncSession, challenger: str) -> Deployment | None:
@@ -107,3 +111,24 @@ class Referee:
                 session, "watch", deployment.live, deployment.previous, self._settings.duel_votes_per_user
             )
         return deployment
+
+
+def _votes_reason(duel: Duel, tally: Tally, outcome: Outcome | None) -> str:
+    proven = {"better": "prove it better", "worse": "prove it worse"}.get(
+        outcome or "", "do not prove it better"
+    )
+    return (
+        f"the votes {proven}: {tally.wins} votes for {duel.challenger}, {tally.losses} for {duel.incumbent}, "
+        f"{tally.ties} for neither."
+    )
+
+
+def _find_fault(guards: Mapping[str, Sequence[int]], error: float) -> str | None:
+    """What the challenger's replies do too often, by the same test as the votes', each guard with its share of the error."""
+    for name, (challenger, incumbent) in guards.items():
+        if log_evidence(challenger, incumbent) >= math.log(len(guards) / error):
+            return (
+                f"of two replies side by side its own {duels.GUARDS[name]} {challenger} times, and the other one "
+                f"{incumbent} times."
+            )
+    return None

@@ -37,6 +37,9 @@ FULL: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/conversations"): {"user": "ada"},
     ("PATCH", "/v1/users/me"): {"compares": True},
     ("POST", "/operator/keys"): {"account": "acme"},
+    **{
+        ("POST", f"/operator/{call}"): {"reason": "r"} for call in ("cycles", "promote", "reject", "rollback")
+    },
 }
 NOT_TEXT = {"role", "type", "choice", "comparison", "expires_at"}
 """Strings of a few values or of a format: whatever else they hold is refused anyway."""
@@ -106,7 +109,7 @@ def test_nul_and_half_characters_are_refused_in_every_text(serve: Serve, bad: st
         for field, changed in spoilt(body, bad):
             refused(send(client, method, path, changed), param=field)
             num_texts += 1
-    assert num_texts == 21
+    assert num_texts == 25
     assert engine.asked == []
 
 

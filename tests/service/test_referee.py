@@ -115,7 +115,7 @@ def test_votes_that_prove_it_worse_reject_it_and_live_stays(
     vote_until(client, rows, BASE, (BASE, None, None))
     [(state, reason)] = rows("SELECT state, reason FROM policies WHERE name = %s", NEW)
     assert state == "rejected"
-    assert "prove it worse: 0 votes for policy-000001" in reason
+    assert "the votes prove it worse: 0 votes for policy-000001" in reason
     wait_until(lambda: engine.held == {BASE})
 
 
@@ -149,6 +149,30 @@ def test_a_live_policy_that_loses_to_the_one_before_it_is_taken_back(
     assert state == "rolled_back"
     assert "prove it worse" in reason
     assert client.post(CHAT, json=ask()).headers["x-ratchet-policy"] == BASE
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("finish_reason = 'length'", "its own was cut off 20 times, and the other one 0 times"),
+        ("completion_tokens = 900", "its own was more than four times as long 20 times"),
+        (
+            "ended_at = created_at + interval '1 hour'",
+            "its own took more than four times as long, and a second",
+        ),
+    ],
+)
+def test_replies_that_are_worse_side_by_side_need_no_votes(
+    serve: Serve, rows: Rows, engine: FakeEngine, tmp_path: Path, fault: str, reason: str
+) -> None:
+    client = begin_trial(serve, rows, engine, tmp_path)
+    made = [compare(client) for _ in range(24)]
+    spoilt = [choice["reply_id"] for answer in made for choice in answer["choices"]]
+    ours = rows("SELECT id FROM replies WHERE id = ANY(%s) AND policy = %s ORDER BY id LIMIT 20", spoilt, NEW)
+    rows(f"UPDATE replies SET {fault} WHERE id = ANY(%s)", [reply for (reply,) in ours])
+    wait_until(lambda: rows(DUELS) == [("trial", NEW, BASE, "worse")])
+    assert reason in rows("SELECT reason FROM policies WHERE name = %s", NEW)[0][0]
+    assert rows(POINTER) == [(BASE, None, None)]
 
 
 def test_one_user_counts_only_so_often(serve: Serve, rows: Rows, engine: FakeEngine, tmp_path: Path) -> None:
