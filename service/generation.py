@@ -115,6 +115,7 @@ class Generation:
         """Whether an engine works on it, as far as is known."""
         self._begun = False
         """Whether the rows are there."""
+        self._beginning: asyncio.Task[None] | None = None
 
     def objection(self) -> Objection | None:
         """Why the replies are not worth a vote, once they have ended."""
@@ -129,6 +130,8 @@ class Generation:
         """Store what there is of replies that did not end; also when the client went away."""
         metrics.REPLY_SECONDS.observe(time.monotonic() - self._started)
         reason = "error" if isinstance(error, Exception) else "abort"
+        if self._beginning is not None:  # its rows may be on their way, and must not be stored twice
+            await asyncio.shield(asyncio.wait({self._beginning}))
         if self._begun:
             open_voices = [voice for voice in self.voices if voice.finish_reason is None]
             await asyncio.shield(asyncio.gather(*(self._end(voice, reason) for voice in open_voices)))
@@ -155,11 +158,11 @@ class Generation:
         if not self.asked.stream:
             await self._open(stack)
             return
-        begun = asyncio.create_task(self._begin(None))
+        self._beginning = asyncio.create_task(self._begin(None))
         try:
             await self._open(stack)
         finally:
-            await begun
+            await asyncio.shield(self._beginning)
 
     async def _begin(self, ended: tuple[Ended, ...] | None) -> None:
         """Commit the prompt, its replies and their comparison."""

@@ -1,11 +1,14 @@
 """Chat, over HTTP and with a real database; the engine is a fake that can be told to fail."""
 
+import asyncio
 import json
+from typing import Any
 
 import httpx
 import pytest
 from conftest import Rows, Serve, ask, chunks, wait_until
 
+from service.journal import Journal
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.database
@@ -225,6 +228,21 @@ def test_an_engine_that_breaks_off_keeps_what_had_come(serve: Serve, rows: Rows)
     assert client.post(CHAT, json=ask()).status_code == 503
     assert "error" in chunks(client.post(CHAT, json=ask(stream=True)))[-1]
     assert rows("SELECT content, finish_reason FROM replies") == [("one ", "error")] * 2
+
+
+def test_rows_that_are_on_their_way_at_the_deadline_are_stored_once(
+    serve: Serve, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Journal._store
+
+    async def slow(journal: Journal, what: Any) -> None:
+        await store(journal, what)
+        await asyncio.sleep(0.6)  # committed, and not yet known to be
+
+    monkeypatch.setattr(Journal, "_store", slow)
+    client = serve(FakeEngine(), request_deadline_seconds=0.2)
+    assert client.post(CHAT, json=ask(stream=True)).status_code == 504
+    wait_until(lambda: rows("SELECT finish_reason FROM replies") == [("error",)])
 
 
 def test_an_answer_past_its_deadline_is_aborted(serve: Serve, rows: Rows) -> None:

@@ -133,7 +133,8 @@ def test_votes_that_prove_nothing_end_a_trial_at_its_cap(
 def test_a_trial_without_votes_ends_in_time(
     serve: Serve, rows: Rows, engine: FakeEngine, tmp_path: Path
 ) -> None:
-    begin_trial(serve, rows, engine, tmp_path, duel_hours=0.5 / 3600)
+    serve(engine, **DUELLING, duel_hours=0.5 / 3600)
+    publish(rows, NEW, make_folder(tmp_path / NEW))
     wait_until(lambda: rows(DUELS) == [("trial", NEW, BASE, "undecided")])
 
 
