@@ -8,7 +8,7 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock"
 LOCK_CPU := $(LOCK) pyproject.toml requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo clean lock
+.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo bench-swap clean lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -56,6 +56,10 @@ bench-ppo: ## our PPO beside TRL's: samples a second, peak memory, and the arith
 	@sh deploy/setup.sh test
 	@sh deploy/setup.sh trl
 	@exec $(PYTHON) -m tests.benchmarks.ppo $(if $(ROUNDS),--rounds $(ROUNDS))
+
+bench-swap: ## 20 swaps under 32 streams: failed and mixed replies, gaps, delays; beside reloading in place and restarting; TURNS=10
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.swap $(if $(TURNS),--turns $(TURNS))
 
 clean: ## remove what was installed and cached; the state folder stays
 	rm -rf .venv .venv-gpu .venv-peers .venv-trl tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
