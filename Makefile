@@ -8,7 +8,7 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock"
 LOCK_CPU := $(LOCK) pyproject.toml requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo bench-duel bench-learning clean lock
+.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo bench-duel bench-learning bench-swap clean lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -64,6 +64,10 @@ bench-duel: ## simulated duels: how often they err with a look after every vote,
 bench-learning: ## what is learnt from 450 noisy votes, by ours and by best-of-16; TASTES="warm brief thorough" SEEDS="0 1 2 3 4"
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.learning $(if $(TASTES),--tastes $(TASTES)) $(if $(SEEDS),--seeds $(SEEDS))
+
+bench-swap: ## 20 swaps under 32 streams: failed and mixed replies, gaps, delays; beside reloading in place and restarting; TURNS=10
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.swap $(if $(TURNS),--turns $(TURNS))
 
 clean: ## remove what was installed and cached; the state folder stays
 	rm -rf .venv .venv-gpu .venv-peers .venv-trl tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -241,7 +241,8 @@ class Generation:
                 first = False
                 metrics.FIRST_TOKEN_SECONDS.observe(time.monotonic() - self._started)
             shown = [self._place(piece) for piece in pieces]
-            shown = [part for part in shown if part.text or part.finish_reason]
+            # Half a character has no text yet, but its token has a log-probability.
+            shown = [part for part in shown if part.text or part.finish_reason or part.logprobs]
             first_end = next((i for i, part in enumerate(shown) if part.finish_reason), len(shown))
             if running := shown[:first_end]:
                 yield running  # does not wait for the commit of what ends beside it

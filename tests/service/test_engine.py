@@ -58,6 +58,25 @@ def test_the_official_client_chats_streamed_and_not(serve: Serve, vllm: str) -> 
     assert stream[-1].usage == whole.usage
 
 
+def test_every_token_has_a_log_probability_also_one_that_is_half_a_character(serve: Serve, vllm: str) -> None:
+    """The tiny model's tokens are bytes: many a chunk has no text yet."""
+    stream = official(serve(url=vllm)).chat.completions.create(
+        model="ratchet",
+        messages=MESSAGES,
+        max_tokens=40,
+        logprobs=True,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *chunks, last = list(stream)
+    reported = [
+        token for chunk in chunks if (found := chunk.choices[0].logprobs) for token in found.content or []
+    ]
+    assert any(chunk.choices[0].logprobs and not chunk.choices[0].delta.content for chunk in chunks)
+    assert last.usage is not None
+    assert len(reported) == last.usage.completion_tokens
+
+
 def test_the_official_client_gets_two_replies_and_its_vote_is_stored(
     serve: Serve, vllm: str, rows: Rows
 ) -> None:
