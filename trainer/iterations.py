@@ -84,7 +84,7 @@ class Iteration:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Iteration":
         """Of `dataclasses.asdict`."""
-        guard = values["guard"]
+        guard = values.get("guard")
         return Iteration(**values | {"guard": Guarded(**guard) if guard else None})
 
 
