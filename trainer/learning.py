@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer import gate, ppo, preference_methods, reward_model, reward_quality
 from trainer.guard import Guard
-from trainer.iterations import GuardWatch, Iteration, Outcome, load_average
+from trainer.iterations import GuardWatch, Iteration, Outcome, checkpoint_path, load_average
 from trainer.models import POLICY, REFERENCE, Roles
 from trainer.preferences import Pair, Preferences, split
 from trainer.reward_model import Head
@@ -128,10 +128,11 @@ def learn(
     watch.enter("gate")
     verdict = None
     # The kept checkpoint, or an earlier one with less KL, whichever passes first.
+    began = torch.load(checkpoint_path(checkpoints, 0), weights_only=True)
     for number in dict.fromkeys((outcome.kept, outcome.kept * 2 // 3, outcome.kept // 3)):
-        if number == 0:
-            continue  # the weights that it began with
-        state = load_average(checkpoints, number)
+        state = load_average(checkpoints, number) if number else began
+        if all(torch.equal(weights, began[name]) for name, weights in state.items()):
+            continue  # warming up, a first iteration changes nothing
         roles.load_policy_state(state)
         finite = all(bool(weights.isfinite().all()) for weights in state.values())
         candidate = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)

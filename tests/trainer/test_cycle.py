@@ -394,6 +394,21 @@ def test_a_policy_that_the_gate_refuses_is_not_published(
 
 
 @pytest.mark.usefixtures("_open_gate")
+def test_weights_that_training_has_not_changed_are_not_proposed(
+    settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "trainer.ppo.choose_kept", lambda iterations: 1
+    )  # the first iteration's steps are of size 0
+    add_votes(sessions, 30)
+    ended = run(settings, sessions, request_cycle(sessions))
+    assert (ended.stage, ended.reason) == (
+        "rejected",
+        "The gate refused it: the judge liked none of its policies better than live.",
+    )
+
+
+@pytest.mark.usefixtures("_open_gate")
 def test_a_cycle_that_was_cut_off_goes_on_from_its_own_snapshot(
     settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
