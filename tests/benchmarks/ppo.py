@@ -20,7 +20,7 @@ from tests.benchmarks.gateway_report import goals_report
 from tests.benchmarks.ppo_model import SIZES, Size, count_floor, make_base, measure_matrix_rate
 from tests.benchmarks.ppo_report import DIFFERENCES, Contest, contest_goals, contest_report
 from tests.benchmarks.ppo_visit import ROOT, Job, run
-from tests.benchmarks.results import write_results
+from tests.benchmarks.tables import write_results
 from trainer.models import compute_dtype
 
 OURS = Path(sys.executable), "tests.benchmarks.ppo_ours"

@@ -29,11 +29,11 @@ from service.database import database_url, sync_engine, sync_sessions
 from service.policies import ensure_base
 from service.settings import Settings
 from tests.benchmarks.durability_parts import libpq_url, wait_until_answering
-from tests.benchmarks.results import print_rows, write_results
 from tests.benchmarks.scale_exports import MOST_GROWTH_MIB, measure_exports
 from tests.benchmarks.scale_load import draw_subjects, measure_latency, measure_removal
 from tests.benchmarks.scale_plans import HEAVY, call_everything, read_statements, scans
 from tests.benchmarks.scale_rows import fill
+from tests.benchmarks.tables import print_rows, write_results
 from tests.engine import free_port
 
 EMPTY_REPLIES, EMPTY_VOTES = 1000, 300

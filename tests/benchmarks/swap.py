@@ -28,12 +28,12 @@ from service.schemas import ALIAS
 from service.settings import Settings
 from tests.benchmarks.durability_parts import fresh_settings, running, wait_until_answering
 from tests.benchmarks.gateway_report import goals_report
-from tests.benchmarks.results import write_results
 from tests.benchmarks.swap_clients import streaming
 from tests.benchmarks.swap_policies import Scorer, make_policies, merge
 from tests.benchmarks.swap_replies import Span
 from tests.benchmarks.swap_report import Trial, examine, goals, report
 from tests.benchmarks.swap_ways import Engine, Operator, running_engine
+from tests.benchmarks.tables import write_results
 from tests.tiny_model import make_model
 
 WARM_SECONDS = 8.0
