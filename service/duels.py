@@ -1,6 +1,6 @@
 """The record of duels: begun, counted and ended, a transaction each. What a tally proves is `duel.py`'s to say.
 
-Used by the referee, who decides, and by the operator's calls.
+Used by the referee, who decides, and by the fleet, which shows a duel to whoever pairs replies.
 """
 
 from dataclasses import dataclass
