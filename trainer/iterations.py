@@ -1,7 +1,8 @@
 """What is measured while a policy is trained, whatever the method; when a run should end, and which of its policies is kept.
 
 The held-out judge and the guard set each have a veto, since neither is trained on: the judge says where over-optimisation begins, the
-guard set where the policy forgets. Both are noisy, so that the last policy is kept which neither calls worse.
+guard set where the policy forgets. Both are noisy, so that the last policy is kept which neither calls worse. The judge alone ends a run:
+what large steps forget, the smaller ones after them find again.
 """
 
 import math
@@ -102,10 +103,13 @@ class Outcome:
 def choose_kept(iterations: Sequence[Iteration]) -> int:
     """The last iteration that neither the guard set calls worse than live, nor the judge worse than the best; else the first."""
     knowing = [each for each in iterations if not forgets(iterations[: each.number + 1])]
-    if not knowing:
-        return 0
-    best = max(knowing, key=lambda iteration: iteration.judge)
-    return max(each.number for each in knowing if each.judge >= best.judge - OBJECTION * best.judge_error)
+    return last_liked(knowing) if knowing else 0
+
+
+def last_liked(iterations: Sequence[Iteration]) -> int:
+    """The last iteration that the judge does not call worse than the best."""
+    best = max(iterations, key=lambda iteration: iteration.judge)
+    return max(each.number for each in iterations if each.judge >= best.judge - OBJECTION * best.judge_error)
 
 
 def forgets(iterations: Sequence[Iteration]) -> bool:
@@ -121,10 +125,8 @@ def forgets(iterations: Sequence[Iteration]) -> bool:
 
 def objection(iterations: Sequence[Iteration]) -> str | None:
     """Why the run should end here, if it should."""
-    if not iterations or iterations[-1].number - choose_kept(iterations) < PATIENCE:
+    if not iterations or iterations[-1].number - last_liked(iterations) < PATIENCE:
         return None
-    if forgets(iterations):
-        return f"for {PATIENCE} iterations it answered less of the guard set right than live"
     return f"the held-out judge called {PATIENCE} iterations in a row worse than the best"
 
 
