@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes or refreshes a virtual environment, from the clone's root: `deploy/setup.sh cpu|gpu|test|peers|trl`.
-# `test` ends with `peers`: the clients and gateways that tests try, in an environment of their own. `trl` is the PPO that ours is
-# measured beside.
+# `test` makes `peers` beside it: the clients and gateways that tests try, in an environment of their own. `trl` is the PPO that ours
+# is measured beside.
 #
 # What is installed is exactly what the lock file in requirements/ names, by hash. torch on the CPU is a step of its
 # own: its CPU builds lie on an index of their own, and where that cannot be reached any index or folder that
@@ -23,9 +23,15 @@ log=$venv/setup.log
 
 key=$(cat $inputs | { cat; pwd; } | sha256sum | cut -c1-16)
 stamp=$venv/.installed-$kind-$key
+children=
+quiet=${quiet:-}
+
+# What runs in the background hears no Ctrl-C of its own.
+trap 'kill $children 2>/dev/null; exit 130' INT TERM
 
 fail() {
     echo "$1" >&2
+    [ -z "$children" ] || kill $children 2>/dev/null || true
     exit 1
 }
 
@@ -48,7 +54,8 @@ step() {
     echo "== $title" >>"$log"
     "$@" >>"$log" 2>&1 &
     child=$!
-    while [ -t 1 ] && kill -0 "$child" 2>/dev/null; do
+    children="$children $child"
+    while [ -t 1 ] && [ -z "$quiet" ] && kill -0 "$child" 2>/dev/null; do
         show_progress
         sleep 1
     done
@@ -57,7 +64,7 @@ step() {
         tail -n 15 "$log" >&2
         fail "$title: failed. All of it is in $log."
     fi
-    [ -t 1 ] && printf '\r\033[K'
+    [ -t 1 ] && [ -z "$quiet" ] && printf '\r\033[K'
     printf '  %-36s %4d s\n' "$title" $(($(date +%s) - began))
 }
 
@@ -126,6 +133,13 @@ install_trl() {
     step "packages of $lock" $pip install --no-deps --progress-bar off -r "$lock"
 }
 
+# Both take one core each, to unpack. Asked for again at the end, for nothing where it went well, else for its error.
+install_peers_meanwhile() {
+    quiet=1 sh deploy/setup.sh peers 2>/dev/null &
+    children=$!
+}
+
+[ "$kind" != test ] || install_peers_meanwhile
 pip="$venv/bin/pip --disable-pip-version-check --no-input"
 if [ ! -e "$stamp" ]; then
     make_venv
@@ -137,4 +151,4 @@ if [ ! -e "$stamp" ]; then
     esac
     touch "$stamp"
 fi
-[ "$kind" != test ] || exec sh deploy/setup.sh peers
+[ "$kind" != test ] || { wait $children || true; sh deploy/setup.sh peers; }

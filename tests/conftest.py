@@ -5,11 +5,13 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import URL
+from xdist.scheduler import LoadScopeScheduling
 
 from service import embedded, schema
 from service.database import database_url
@@ -19,6 +21,18 @@ from tests.tiny_model import make_model
 
 TEMPLATE = "ratchet_template"
 NUMBERS = itertools.count(1)
+
+
+class SideBySide(LoadScopeScheduling):  # type: ignore[misc]
+    """`-n 2`: the trainer's tests, which compute, beside all others, which wait for servers and start each only once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "trainer" if nodeid.startswith("tests/trainer/") else "service"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SideBySide:
+    """How `-n` shares the tests out."""
+    return SideBySide(config, log)
 
 
 @pytest.fixture(autouse=True)

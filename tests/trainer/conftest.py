@@ -15,3 +15,9 @@ def _open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16, where a machine has it, would hide a difference in its rounding."""
     monkeypatch.setattr("trainer.models.compute_dtype", lambda _: torch.float32)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Models this tiny are no faster with more, and two threads wait for each other by spinning where other tests run beside."""
+    torch.set_num_threads(1)
