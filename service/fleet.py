@@ -1,13 +1,13 @@
 """The replicas: which of them are healthy, which verified policies each holds, and where a request goes.
 
-Holds no wish of its own: `reconciler.py` makes the fleet agree with the database. Used by `chat.py` to route.
+Holds no wish of its own: `reconciler.py` makes the fleet agree with the database. Used by `part.py` to route.
 """
 
 import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from service import metrics
@@ -19,6 +19,8 @@ from service.tables import Deployment
 
 HEALTH_SECONDS = 5.0
 """A replica that gave no token for so long is asked for one."""
+SILENT_SECONDS = 2.0
+"""A replica that is asked for a token and gives none for so long is spared while there are others."""
 MAX_PROBED_TOKENS = 48
 """Positions that one verification measures, spread evenly over the manifest's probe."""
 PROBES_AT_ONCE = 4
@@ -38,10 +40,21 @@ class Replica:
         """Generations in flight, by policy."""
         self.context_tokens = 0
         self._alive_at = -math.inf
+        self._asked_at = math.inf
+        """When it was asked for a token to show that it works; infinity: it is not being asked."""
 
     def saw_token(self) -> None:
         """A token came: the engine works."""
         self._alive_at = time.monotonic()
+
+    def is_doubtful(self) -> bool:
+        """Whether it failed a request and has given no token since, or owes one for long: it may hang while its HTTP answers."""
+        silent_seconds = time.monotonic() - max(self._asked_at, self._alive_at)
+        return self._alive_at == -math.inf or silent_seconds > SILENT_SECONDS
+
+    def doubt(self) -> None:
+        """It failed a request, which may be the request's fault. The next look asks it for a token."""
+        self._alive_at = -math.inf
 
     def fail(self) -> None:
         """It did not answer. Nothing goes to it, and everything on it is verified anew, until it does."""
@@ -56,12 +69,24 @@ class Replica:
         self.context_tokens = models.context_tokens
         self.verified &= models.names  # an adapter that is gone: the engine restarted
         if time.monotonic() - self._alive_at > HEALTH_SECONDS:
-            await self.engine.complete_one(BASE)
-            self.saw_token()
+            await self._ask_for_token()
         self.verified.add(BASE)
         self.healthy = True
         metrics.REPLICA_HEALTHY.labels(self.engine.url).set(1)
         return models.names
+
+    async def _ask_for_token(self) -> None:
+        """Raises EngineUnavailable where none comes. If nobody else got one meanwhile either, nobody is left waiting for theirs."""
+        self._asked_at = time.monotonic()
+        try:
+            await self.engine.complete_one(BASE)
+            self.saw_token()
+        except EngineUnavailable:
+            if self._alive_at < self._asked_at:
+                self.engine.drop()
+            raise
+        finally:
+            self._asked_at = math.inf
 
     async def verify(self, policy: str, manifest: Manifest) -> None:
         """Accept a loaded policy that reproduces its probe. Raises PolicyRefused, EngineUnavailable."""
@@ -111,7 +136,7 @@ class Fleet:
 
     def context_tokens(self) -> int:
         """Longest prompt and reply together, in tokens; 0 while no replica has been seen."""
-        return max(replica.context_tokens for replica in self.replicas)
+        return max((replica.context_tokens for replica in self.replicas), default=0)
 
     def live_policy(self) -> str:
         """The policy that answers. Raises EngineUnavailable while nobody knows."""
@@ -136,19 +161,23 @@ class Fleet:
             self._deployment = deployment
             metrics.show_live(deployment.live)
 
-    def route(self, policy: str) -> Replica:
-        """The least busy healthy replica that has verified the policy. Raises EngineUnavailable."""
-        able = [replica for replica in self.replicas if replica.healthy and policy in replica.verified]
+    def route(self, policy: str, tried: Collection[Replica] = ()) -> Replica:
+        """The least busy healthy replica that has verified the policy, and was not tried yet. Raises EngineUnavailable."""
+        able = [
+            replica
+            for replica in self.replicas
+            if replica.healthy and policy in replica.verified and replica not in tried
+        ]
         if not able:
             raise EngineUnavailable(
                 f"No engine has {policy} ready. Try again in a moment.", code="engine_not_ready"
             )
-        return min(able, key=lambda replica: replica.running.total())
+        return min(able, key=lambda replica: (replica.is_doubtful(), replica.running.total()))
 
     @contextmanager
-    def lease(self, policy: str) -> Iterator[Replica]:
+    def lease(self, policy: str, tried: Collection[Replica] = ()) -> Iterator[Replica]:
         """Route, and count the generation as in flight meanwhile: its policy is not unloaded under it."""
-        replica = self.route(policy)
+        replica = self.route(policy, tried)
         replica.running[policy] += 1
         try:
             yield replica

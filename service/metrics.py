@@ -15,6 +15,10 @@ REPLY_SECONDS = Histogram(
 FIRST_TOKEN_SECONDS = Histogram(
     "ratchet_first_token_seconds", "From request to the first token.", buckets=SECONDS
 )
+RETRIES = Counter(
+    "ratchet_retries",
+    "Requests whose replica failed with them before a token, and that go to another where there is one.",
+)
 RUNNING = Gauge("ratchet_requests_running", "Chat requests that are being answered.")
 QUEUED = Gauge("ratchet_requests_queued", "Chat requests that wait for their turn.")
 COMPARISONS = Counter("ratchet_comparisons", "Comparisons shown, by reason.", ["reason"])

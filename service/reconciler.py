@@ -24,6 +24,8 @@ from service.referee import Referee
 log = logging.getLogger("ratchet.reconciler")
 
 POLL_SECONDS = 1.0
+BUSY_SECONDS = 0.1
+"""Between two looks while a replica is being seen to."""
 RETRY_SECONDS = 30.0
 """A wanted policy that a replica refused is tried again after this long (the disk may be back)."""
 LEADER_LOCK = 0x5A7C4E7
@@ -43,16 +45,23 @@ class Reconciler:
         self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._manifests: dict[str, Manifest] = {}
         self._retry_at: dict[tuple[str, str], float] = {}
+        self._under_way: dict[Replica, asyncio.Task[None]] = {}
+        """Each replica is seen to by itself: one that hangs keeps nobody else waiting."""
 
     async def run(self) -> None:
         """Reconcile for ever; a fault is logged and counted, and the next second tries again."""
-        while True:
-            try:
-                await self._run_connected()
-            except Exception as error:
-                metrics.RECONCILE_ERRORS.inc()
-                log.warning("reconciling failed, trying again: %s: %s", type(error).__name__, _line(error))
-                await asyncio.sleep(POLL_SECONDS)
+        try:
+            while True:
+                try:
+                    await self._run_connected()
+                except Exception as error:
+                    metrics.RECONCILE_ERRORS.inc()
+                    kind = type(error).__name__
+                    log.warning("reconciling failed, trying again: %s: %s", kind, _line(error))
+                    await asyncio.sleep(POLL_SECONDS)
+        finally:
+            for task in self._under_way.values():
+                task.cancel()
 
     async def _run_connected(self) -> None:
         """One connection both listens and holds the leader's lock, so that losing it loses both."""
@@ -64,7 +73,8 @@ class Reconciler:
             while True:
                 leads = leads or await _try_to_lead(connection)
                 await self.tick(leads)
-                async for _ in connection.notifies(timeout=POLL_SECONDS, stop_after=1):
+                seconds = BUSY_SECONDS if self._under_way else POLL_SECONDS
+                async for _ in connection.notifies(timeout=seconds, stop_after=1):
                     pass
 
     async def tick(self, leads: bool) -> None:
@@ -74,12 +84,25 @@ class Reconciler:
             running = await duels.read_open(session)
         self._fleet.point(deployment)
         self._fleet.duel = duels.as_match(running) if running is not None else None
-        await asyncio.gather(*(self._agree(replica, wanted, leads) for replica in self._fleet.replicas))
+        await self._see_to_all(wanted, leads)
         if leads:
             verified = await self._verified(deployment.challenger)
             moved = await self._referee.look(verified) if verified or running else None
             if moved is not None:
                 self._fleet.point(moved)
+
+    async def _see_to_all(self, wanted: list[Wanted], leads: bool) -> None:
+        """See to every replica that is not being seen to; whoever takes longer goes on meanwhile. Raises what one of them raised."""
+        for replica in self._fleet.replicas:
+            if replica not in self._under_way:
+                self._under_way[replica] = asyncio.create_task(self._agree(replica, wanted, leads))
+        if not self._under_way:
+            return
+        done, _ = await asyncio.wait(self._under_way.values(), timeout=POLL_SECONDS)
+        self._under_way = {replica: task for replica, task in self._under_way.items() if task not in done}
+        errors = [error for task in done if (error := task.exception()) is not None]
+        if errors:
+            raise errors[0]
 
     async def _agree(self, replica: Replica, wanted: list[Wanted], leads: bool) -> None:
         """Load and verify what is missing on one replica; the leader also unloads what nobody wants."""

@@ -1,0 +1,235 @@
+"""Several replicas: what becomes of requests when one of them fails, hangs or comes back; by scripted engines."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import Rows, Serve, ask, chunks, publish, wait_until
+
+from service import fleet, reconciler
+from service.errors import EngineGone, EngineUnavailable
+from tests.service.fake_engine import FakeEngine
+from tests.service.test_reconciler import make_folder
+
+pytestmark = pytest.mark.database
+CHAT = "/v1/chat/completions"
+BASE, NEW = "policy-000000", "policy-000001"
+POINTER = "SELECT live, previous, challenger FROM deployment"
+
+
+@pytest.fixture
+def two() -> tuple[FakeEngine, FakeEngine]:
+    """Of equally busy replicas the first is asked."""
+    return FakeEngine(url="a", replies=("from a",)), FakeEngine(url="b", replies=("from b",))
+
+
+def healthy(client: httpx.Client, url: str) -> bool:
+    return f'ratchet_replica_healthy{{replica="{url}"}} 1.0' in client.get("/metrics").text
+
+
+def serve_both(serve: Serve, *engines: FakeEngine, **settings: Any) -> httpx.Client:
+    client = serve(*engines, **settings)
+    wait_until(lambda: all(healthy(client, engine.url) for engine in engines))
+    return client
+
+
+def text_of(answer: httpx.Response) -> str:
+    """What a stream said, in all."""
+    found = [chunk["choices"][0]["delta"]["content"] for chunk in chunks(answer) if "choices" in chunk]
+    return "".join(found)
+
+
+@contextmanager
+def asking(client: httpx.Client, count: int, **fields: Any) -> Iterator[list[httpx.Response]]:
+    """So many requests at once; their answers, when the body is left."""
+    answers: list[httpx.Response] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(client.post(CHAT, json=ask(**fields))))
+        for _ in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    yield answers
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("error", [EngineGone("gone"), EngineUnavailable("it failed")])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_whose_engine_fails_before_its_first_token_is_answered_by_another(
+    serve: Serve, rows: Rows, two: tuple[FakeEngine, FakeEngine], stream: bool, error: EngineUnavailable
+) -> None:
+    client = serve_both(serve, *two)
+    two[0].breaks_after, two[0].fails_with = 0, error
+    answer = client.post(CHAT, json=ask(stream=stream))
+    assert answer.status_code == 200
+    assert (text_of(answer) if stream else answer.json()["choices"][0]["message"]["content"]) == "from b"
+    assert [len(engine.asked) for engine in two] == [1, 1]
+    assert rows("SELECT content, finish_reason FROM replies") == [("from b", "stop")]
+    if stream:
+        assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_after_its_first_token_a_stream_ends_in_an_error_event_and_asks_nobody_else(
+    serve: Serve, rows: Rows, two: tuple[FakeEngine, FakeEngine]
+) -> None:
+    client = serve_both(serve, *two)
+    two[0].breaks_after, two[0].fails_with = 1, EngineGone("The engine went away.")
+    answer = client.post(CHAT, json=ask(stream=True))
+    assert text_of(answer) == "from "
+    assert chunks(answer)[-1]["error"]["message"] == "The engine went away."
+    assert "[DONE]" not in answer.text
+    assert two[1].asked == []
+    assert rows("SELECT content, finish_reason FROM replies") == [("from ", "error")]
+
+
+def test_a_whole_comparison_is_begun_anew_elsewhere_however_far_it_was(
+    serve: Serve, rows: Rows, two: tuple[FakeEngine, FakeEngine]
+) -> None:
+    """Its client has seen nothing yet."""
+    two[1].replies = ("from b", "also from b")
+    client = serve_both(serve, *two)
+    two[0].breaks_after, two[0].fails_with = 3, EngineGone("gone")
+    answer = client.post(CHAT, json=ask(comparison="always"))
+    assert answer.status_code == 200
+    said = {choice["message"]["content"] for choice in answer.json()["choices"]}
+    assert said == {"from b", "also from b"}
+    assert {content for (content,) in rows("SELECT content FROM replies")} == said
+
+
+def test_a_request_that_ends_two_engines_is_not_sent_to_a_third(serve: Serve, rows: Rows) -> None:
+    engines = [FakeEngine(url=url) for url in "abc"]
+    client = serve_both(serve, *engines)
+    for engine in engines:
+        engine.breaks_after, engine.fails_with = 0, EngineGone(f"{engine.url} is gone")
+    answer = client.post(CHAT, json=ask())
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert sorted(len(engine.asked) for engine in engines) == [0, 1, 1]
+    assert rows("SELECT content, finish_reason FROM replies") == [("", "error")]
+
+
+def test_in_a_duel_only_the_reply_whose_engine_failed_is_asked_for_again(
+    serve: Serve, rows: Rows, two: tuple[FakeEngine, FakeEngine], tmp_path: Path
+) -> None:
+    for engine in two:
+        engine.logprobs = {NEW: -2.0}
+        engine.says = {BASE: "the old answer", NEW: "something rather different"}
+    client = serve_both(serve, *two, duel_votes=100, duel_share=1.0)
+    publish(rows, NEW, make_folder(tmp_path / NEW))
+    wait_until(lambda: rows("SELECT count(*) FROM duels") == [(1,)])
+    wait_until(lambda: _duels(client, rows))
+    for engine in two:
+        engine.asked.clear()
+    two[0].breaks_after, two[0].fails_with = 0, EngineUnavailable("it failed")
+    answer = client.post(CHAT, json=ask(comparison="always", stream=True))
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert len(two[0].asked) == 1
+    assert sorted(policy for policy, *_ in two[1].asked) == [BASE, NEW]
+
+
+def _duels(client: httpx.Client, rows: Rows) -> bool:
+    client.post(CHAT, json=ask(comparison="always"))
+    return rows("SELECT count(*) FROM comparisons WHERE duel_id IS NOT NULL") != [(0,)]
+
+
+def test_requests_go_to_the_replica_that_is_least_busy(
+    serve: Serve, two: tuple[FakeEngine, FakeEngine]
+) -> None:
+    client = serve_both(serve, *two)
+    for engine in two:
+        engine.pause_seconds = 0.3
+    with asking(client, 8) as answers:
+        pass
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert [len(engine.asked) for engine in two] == [4, 4]
+
+
+def test_a_replica_that_restarted_is_asked_nothing_until_it_reproduces_its_policies(
+    serve: Serve, rows: Rows, two: tuple[FakeEngine, FakeEngine], tmp_path: Path
+) -> None:
+    for engine in two:
+        engine.logprobs = {NEW: -2.0}
+    client = serve_both(serve, *two)
+    publish(rows, NEW, make_folder(tmp_path / NEW))
+    wait_until(lambda: rows(POINTER) == [(NEW, BASE, None)])
+    wait_until(lambda: client.post(CHAT, json=ask()).headers["x-ratchet-policy"] == NEW)
+    first = two[0]
+    first.alive = False
+    assert client.post(CHAT, json=ask()).status_code == 200
+    first.held, first.logprobs, first.alive = (
+        {BASE},
+        {NEW: -9.0},
+        True,
+    )  # back, with weights that are not the policy's
+    wait_until(lambda: NEW in first.held)
+    first.asked.clear()
+    for _ in range(10):
+        assert client.post(CHAT, json=ask()).json()["choices"][0]["message"]["content"] == "from b"
+        time.sleep(0.05)
+    assert [policy for policy, *_ in first.asked] == []
+    assert rows(POINTER) == [
+        (NEW, BASE, None)
+    ]  # what is live elsewhere is not refused for one replica's sake
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "HEALTH_SECONDS", 0.2)
+    monkeypatch.setattr(fleet, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(reconciler, "POLL_SECONDS", 0.2)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_requests_that_wait_at_an_engine_that_hangs_are_answered_by_another(
+    serve: Serve, quick: None, two: tuple[FakeEngine, FakeEngine], stream: bool
+) -> None:
+    client = serve_both(serve, *two)
+    two[0].hangs = True
+    began = time.monotonic()
+    with asking(client, 6, stream=stream) as answers:
+        pass
+    assert all("from" in answer.text and "error" not in answer.text for answer in answers)
+    assert time.monotonic() - began < 10
+    wait_until(lambda: not healthy(client, "a"))
+    num_asked = len(two[0].asked)
+    assert client.post(CHAT, json=ask()).status_code == 200
+    assert len(two[0].asked) == num_asked
+    two[0].hangs = False
+    wait_until(lambda: healthy(client, "a"))
+
+
+def test_a_stream_at_an_engine_that_hangs_midway_ends_in_an_error_event(
+    serve: Serve, quick: None, two: tuple[FakeEngine, FakeEngine]
+) -> None:
+    client = serve_both(serve, *two)
+    two[0].pause_seconds = 0.2
+    with client.stream("POST", CHAT, json=ask(stream=True)) as answer:
+        lines = answer.iter_lines()
+        while '"from ' not in next(lines):
+            pass
+        two[0].hangs = True
+        rest = "".join(lines)
+    assert '"error"' in rest or '"stop"' in rest  # its last piece may have been on its way
+
+
+def test_a_replica_that_hangs_delays_neither_the_others_nor_a_swap(
+    serve: Serve, rows: Rows, quick: None, two: tuple[FakeEngine, FakeEngine], tmp_path: Path
+) -> None:
+    for engine in two:
+        engine.logprobs = {NEW: -2.0}
+    client = serve_both(serve, *two)
+    two[0].hangs, two[0].hang_seconds = True, 3.0
+    time.sleep(1.0)  # it is being asked for a token, and is silent
+    num_asked = len(two[0].asked)
+    for _ in range(5):
+        assert client.post(CHAT, json=ask()).status_code == 200
+    assert len(two[0].asked) == num_asked
+    publish(rows, NEW, make_folder(tmp_path / NEW))
+    wait_until(lambda: rows(POINTER) == [(NEW, BASE, None)], 20)
+    assert client.post(CHAT, json=ask()).status_code == 200
+
