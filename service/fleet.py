@@ -7,7 +7,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from service import metrics
@@ -17,6 +17,8 @@ from service.errors import EngineUnavailable, PolicyRefused
 from service.policies import BASE, Manifest
 from service.tables import Deployment
 
+Connect = Callable[[str], Engine]
+"""Makes the engine that an address is of."""
 HEALTH_SECONDS = 5.0
 """A replica that gave no token for so long is asked for one."""
 SILENT_SECONDS = 2.0
@@ -30,9 +32,12 @@ PROBES_AT_ONCE = 4
 class Replica:
     """One engine and what this process knows of it. Unhealthy and empty until looked at."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, url: str, engine: Engine) -> None:
+        self.url = url
         self.engine = engine
         self.healthy = False
+        self.draining = False
+        """It gets no new requests, and is kept ready."""
         self.verified: set[str] = set()
         self.refused: dict[str, str] = {}
         """Why a policy could not be loaded or verified here."""
@@ -61,7 +66,7 @@ class Replica:
         self.healthy = False
         self.verified.clear()
         self._alive_at = -math.inf
-        metrics.REPLICA_HEALTHY.labels(self.engine.url).set(0)
+        metrics.REPLICA_HEALTHY.labels(self.url).set(0)
 
     async def look(self) -> frozenset[str]:
         """Bring health and verified policies up to date; what the engine holds. Raises EngineUnavailable."""
@@ -72,7 +77,7 @@ class Replica:
             await self._ask_for_token()
         self.verified.add(BASE)
         self.healthy = True
-        metrics.REPLICA_HEALTHY.labels(self.engine.url).set(1)
+        metrics.REPLICA_HEALTHY.labels(self.url).set(1)
         return models.names
 
     async def _ask_for_token(self) -> None:
@@ -121,18 +126,33 @@ class Replica:
 
 
 class Fleet:
-    """All replicas."""
+    """All replicas that are wanted."""
 
-    def __init__(self, engines: list[Engine]) -> None:
-        self.replicas = [Replica(engine) for engine in engines]
+    def __init__(self, connect: Connect, urls: Sequence[str]) -> None:
+        self._connect = connect
+        self.replicas: list[Replica] = []
+        self.follow(dict.fromkeys(urls, "serving"))
         self._deployment: Deployment | None = None
         """The pointer as the database last said; None until it has been read."""
         self.duel: Match | None = None
         """The duel that runs, as the database last said."""
 
+    def follow(self, wanted: Mapping[str, str]) -> None:
+        """Be made of these replicas; by address, `serving` or `draining`. One that is left out ends the requests that it has."""
+        known = {replica.url: replica for replica in self.replicas}
+        self.replicas = [known.get(url) or Replica(url, self._connect(url)) for url in wanted]
+        for replica in self.replicas:
+            replica.draining = wanted[replica.url] == "draining"
+        for url in known.keys() - wanted.keys():
+            metrics.forget_replica(url)
+
+    def serving(self) -> list[Replica]:
+        """Those that can get requests now."""
+        return [replica for replica in self.replicas if replica.healthy and not replica.draining]
+
     def policies(self) -> list[str]:
         """Names of the policies that can be asked for now, in order."""
-        return sorted(set().union(*(replica.verified for replica in self.replicas if replica.healthy)))
+        return sorted(set().union(*(replica.verified for replica in self.serving())))
 
     def context_tokens(self) -> int:
         """Longest prompt and reply together, in tokens; 0 while no replica has been seen."""
@@ -162,12 +182,8 @@ class Fleet:
             metrics.show_live(deployment.live)
 
     def route(self, policy: str, tried: Collection[Replica] = ()) -> Replica:
-        """The least busy healthy replica that has verified the policy, and was not tried yet. Raises EngineUnavailable."""
-        able = [
-            replica
-            for replica in self.replicas
-            if replica.healthy and policy in replica.verified and replica not in tried
-        ]
+        """The least busy one that can get requests, has verified the policy, and was not tried yet. Raises EngineUnavailable."""
+        able = [replica for replica in self.serving() if policy in replica.verified and replica not in tried]
         if not able:
             raise EngineUnavailable(
                 f"No engine has {policy} ready. Try again in a moment.", code="engine_not_ready"

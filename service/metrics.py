@@ -1,5 +1,7 @@
 """Every metric of the service, for Prometheus at `/metrics`. Names begin with `ratchet_` and hold units."""
 
+from contextlib import suppress
+
 from prometheus_client import Counter, Gauge, Histogram
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -48,6 +50,12 @@ def show_duel(kind: str, wins: int, losses: int, ties: int) -> None:
     """Let `ratchet_duel_votes` show this tally."""
     for result, votes in (("win", wins), ("loss", losses), ("tie", ties)):
         DUEL_VOTES.labels(kind, result).set(votes)
+
+
+def forget_replica(url: str) -> None:
+    """Let `ratchet_replica_healthy` no longer name a replica that was removed."""
+    with suppress(KeyError):
+        REPLICA_HEALTHY.remove(url)
 
 
 def show_live(policy: str) -> None:

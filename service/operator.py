@@ -47,7 +47,7 @@ async def roll_back(
     async with context.sessions.begin() as session:
         deployment = await policies.roll_back(session)
         _check_ready(deployment.live, context)  # raising undoes the exchange
-        _record(session, identity, "rollback", deployment.live, body)
+        record(session, identity, "rollback", deployment.live, body.reason if body else None)
     metrics.ROLLBACKS.inc()
     return _moved(deployment, context)
 
@@ -65,7 +65,7 @@ async def promote(
             )
         _check_ready(challenger, context)
         deployment = await policies.promote(session, challenger)
-        _record(session, identity, "promote", challenger, body)
+        record(session, identity, "promote", challenger, body.reason if body else None)
     metrics.SWAPS.labels("promoted").inc()
     return _moved(deployment, context)
 
@@ -78,7 +78,7 @@ async def reject(
     async with context.sessions.begin() as session:
         challenger = await _on_trial(session)
         deployment = await policies.reject(session, challenger, "An operator rejected it.")
-        _record(session, identity, "reject", challenger, body)
+        record(session, identity, "reject", challenger, body.reason if body else None)
     return _moved(deployment, context)
 
 
@@ -111,10 +111,8 @@ def _check_ready(policy: str, context: Context) -> None:
         raise EngineUnavailable(f"No engine has {policy} loaded yet. Try again in a moment.")
 
 
-def _record(
-    session: AsyncSession, identity: Identity, action: str, subject: str, body: ActionRequest | None
-) -> None:
-    reason = body.reason if body else None
+def record(session: AsyncSession, identity: Identity, action: str, subject: str, reason: str | None) -> None:
+    """Put on record what is done, in its transaction."""
     session.add(OperatorAction(account=identity.account, action=action, subject=subject, reason=reason))
 
 
@@ -159,5 +157,5 @@ async def start_cycle(
         session.add(cycle)
         await session.flush()
         await session.refresh(cycle)
-        _record(session, identity, "start cycle", str(cycle.id), body)
+        record(session, identity, "start cycle", str(cycle.id), body.reason if body else None)
         return CycleView.model_validate(cycle)

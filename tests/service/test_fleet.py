@@ -233,3 +233,104 @@ def test_a_replica_that_hangs_delays_neither_the_others_nor_a_swap(
     wait_until(lambda: rows(POINTER) == [(NEW, BASE, None)], 20)
     assert client.post(CHAT, json=ask()).status_code == 200
 
+
+REPLICAS = "/operator/replicas"
+
+
+def states(client: httpx.Client) -> dict[str, tuple[str, bool]]:
+    return {row["url"]: (row["state"], row["healthy"]) for row in client.get(REPLICAS).json()}
+
+
+def change(client: httpx.Client, url: str, state: str) -> httpx.Response:
+    return client.put(REPLICAS, json={"url": url, "state": state, "reason": "a test"})
+
+
+@pytest.fixture
+def addressed() -> tuple[FakeEngine, FakeEngine]:
+    """Two whose addresses an operator could give."""
+    first, second = "http://127.0.0.1:7001", "http://127.0.0.1:7002"
+    return FakeEngine(url=first, replies=("from a",)), FakeEngine(url=second, replies=("from b",))
+
+
+def test_replicas_are_added_drained_and_removed_while_it_runs_and_it_is_on_record(
+    serve: Serve, addressed: tuple[FakeEngine, FakeEngine]
+) -> None:
+    first, second = addressed
+    client = serve(first, second, engine_urls=(first.url,))
+    assert states(client) == {first.url: ("serving", True)}
+    assert change(client, second.url + "/", "serving").status_code == 200
+    wait_until(lambda: states(client)[second.url] == ("serving", True))
+    assert change(client, first.url, "draining").status_code == 200
+    num_asked = len(first.asked)
+    assert {client.post(CHAT, json=ask()).json()["choices"][0]["message"]["content"] for _ in range(5)} == {
+        "from b"
+    }
+    assert len(first.asked) == num_asked
+    assert states(client)[first.url] == ("draining", True)
+    assert change(client, first.url, "removed").status_code == 200
+    assert states(client) == {second.url: ("serving", True)}
+    assert f'replica="{first.url}"' not in client.get("/metrics").text
+    done = [(row["action"], row["subject"], row["reason"]) for row in client.get("/operator/actions").json()]
+    assert done == [
+        ("remove replica", first.url, "a test"),
+        ("drain replica", first.url, "a test"),
+        ("add replica", second.url, "a test"),
+    ]
+    again = serve(first, second, engine_urls=(first.url,))  # the settings still name it
+    wait_until(lambda: states(again) == {second.url: ("serving", True)})
+
+
+def test_a_new_replica_gets_no_request_before_it_holds_and_reproduces_the_live_policy(
+    serve: Serve, rows: Rows, addressed: tuple[FakeEngine, FakeEngine], tmp_path: Path
+) -> None:
+    first, second = addressed
+    first.logprobs, second.logprobs = {NEW: -2.0}, {NEW: -9.0}
+    client = serve(first, second, engine_urls=(first.url,))
+    publish(rows, NEW, make_folder(tmp_path / NEW))
+    wait_until(lambda: rows(POINTER) == [(NEW, BASE, None)])
+    change(client, second.url, "serving")
+    wait_until(lambda: client.get(REPLICAS).json()[1]["refused"].keys() == {NEW})
+    assert "log-probabilities differ" in client.get(REPLICAS).json()[1]["refused"][NEW]
+    assert {client.post(CHAT, json=ask()).json()["choices"][0]["message"]["content"] for _ in range(5)} == {
+        "from a"
+    }
+    assert (
+        change(client, first.url, "draining").status_code == 200
+    )  # an operator may, though only the base is left
+    assert client.post(CHAT, json=ask()).status_code == 503
+    assert client.post(CHAT, json=ask() | {"model": BASE}).json()["choices"][0]["message"]["content"] == (
+        "from b"
+    )
+
+
+def test_the_last_replica_that_answers_is_neither_drained_nor_removed(
+    serve: Serve, rows: Rows, addressed: tuple[FakeEngine, FakeEngine]
+) -> None:
+    first, second = addressed
+    client = serve(first, second, engine_urls=(first.url,))
+    second.alive = False
+    change(client, second.url, "serving")
+    for state in ("draining", "removed"):
+        error = change(client, first.url, state)
+        assert (error.status_code, error.json()["error"]["code"]) == (409, "last_replica")
+        assert change(client, "http://127.0.0.1:7003", state).json()["error"]["code"] == "replica_not_found"
+    assert change(client, second.url, "removed").status_code == 200
+    first.alive = False  # also where it is as good as gone
+    wait_until(lambda: not healthy(client, first.url))
+    assert change(client, first.url, "removed").json()["error"]["code"] == "last_replica"
+    assert rows("SELECT url, state FROM replicas") == [(second.url, "removed")]
+
+
+def test_a_removed_replica_ends_the_requests_that_it_has(
+    serve: Serve, addressed: tuple[FakeEngine, FakeEngine]
+) -> None:
+    first, second = addressed
+    client = serve_both(serve, first, second)
+    first.pause_seconds = 0.7
+    with client.stream("POST", CHAT, json=ask(stream=True)) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert change(client, first.url, "removed").status_code == 200
+        rest = "".join(lines)
+    assert rest.endswith("data: [DONE]")
+    assert '"a"' in rest
