@@ -4,6 +4,7 @@
 Used by `durability.py`, and with fewer parts by `tests/service/test_durability.py`.
 """
 
+import json
 import os
 import random
 import signal
@@ -120,7 +121,8 @@ def fresh_settings(state: Path, model: Path) -> Settings:
 
 def _environment(settings: Settings) -> dict[str, str]:
     names = ("state", "model", "port", "engine_port", "database_port")
-    return {f"RATCHET_{name.upper()}": str(getattr(settings, name)) for name in names}
+    urls = {"RATCHET_ENGINE_URLS": json.dumps(settings.engine_urls)} if settings.engine_urls else {}
+    return {f"RATCHET_{name.upper()}": str(getattr(settings, name)) for name in names} | urls
 
 
 @contextmanager
