@@ -77,6 +77,17 @@ def duels() -> None:
 
 
 @app.command()
+def ratings() -> None:
+    """Rate all policies by the votes of all duels, the strongest first."""
+    rows = _call("GET", "/operator/ratings")
+    for row in rows:
+        for name in ("win_rate", "strength"):
+            numbers = (row[name], row[f"{name}_low"], row[f"{name}_high"])
+            row[name] = "" if row[name] is None else "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
+    _show(rows, ["policy", "votes", "win_rate", "strength"])
+
+
+@app.command()
 def actions() -> None:
     """List what operators did, the newest first."""
     _show(_call("GET", "/operator/actions"), ["created_at", "account", "action", "subject", "reason"])

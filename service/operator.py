@@ -6,7 +6,7 @@ from fastapi import APIRouter, Path
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service import metrics, policies
+from service import metrics, policies, ratings
 from service.auth import OPERATOR_ONLY, OperatorDep
 from service.context import Context, ContextDep
 from service.errors import Conflict, EngineUnavailable, NotFound
@@ -18,6 +18,7 @@ from service.operator_schemas import (
     DeploymentView,
     DuelView,
     PolicyView,
+    RatingView,
 )
 from service.tables import Cycle, Deployment, Duel, OperatorAction, Policy
 
@@ -88,6 +89,14 @@ async def list_duels(context: ContextDep) -> list[DuelView]:
     async with context.sessions() as session:
         rows = await session.scalars(select(Duel).order_by(Duel.id.desc()))
         return [DuelView.model_validate(row) for row in rows]
+
+
+@router.get("/ratings")
+async def list_ratings(context: ContextDep) -> list[RatingView]:
+    """How good every policy is by the votes of all duels, the strongest first."""
+    async with context.sessions() as session:
+        tallies = await ratings.read_tallies(session)
+    return [RatingView.model_validate(rating) for rating in await ratings.rate(tallies)]
 
 
 @router.get("/actions")

@@ -48,7 +48,8 @@ def _check_spare(context: Context, url: str) -> None:
     able = [replica.url for replica in context.fleet.serving() if live in replica.verified]
     if able == [url]:
         raise Conflict(
-            f"Only {url} can answer now. Add another one, and wait until it holds {live}.", code="last_replica"
+            f"Only {url} can answer now. Add another one, and wait until it holds {live}.",
+            code="last_replica",
         )
 
 

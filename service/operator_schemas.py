@@ -76,6 +76,24 @@ class DuelView(BaseModel):
     ended_at: datetime | None = Field(description="When it ended.")
 
 
+class RatingView(BaseModel):
+    """A policy's rating. Intervals are of 95 %, for one look; a tie counts as half a win."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    policy: str = Field(description="Its name.")
+    votes: int = Field(description="Votes of all its duels.")
+    win_rate: float = Field(description="Share of them that it won, whoever it met.")
+    win_rate_low: float = Field(description="Where the interval of `win_rate` begins.")
+    win_rate_high: float = Field(description="Where it ends.")
+    strength: float | None = Field(
+        description="Bradley-Terry strength: the logarithm of its odds to be preferred to the base, also where the two never "
+        "met. Null where no votes lead from it to the base."
+    )
+    strength_low: float | None = Field(description="Where the interval of `strength` begins.")
+    strength_high: float | None = Field(description="Where it ends.")
+
+
 class ActionRequest(BaseModel):
     """Why an operator does something."""
 
