@@ -14,13 +14,16 @@ import httpx
 import psycopg
 import pytest
 import uvicorn
+from click.testing import Result
 from playwright.sync_api import Page, sync_playwright
 from sqlalchemy.orm import Session
+from typer.testing import CliRunner
 
+from service import cli
 from service import database as db
 from service.app import ConnectBy, connect_vllm, create_app
 from service.policies import BASE, ensure_base
-from service.settings import Settings
+from service.settings import Settings, get_settings
 from tests.service.fake_engine import FakeEngine
 
 Serve = Callable[..., httpx.Client]
@@ -104,6 +107,17 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < deadline, "it did not become true in time"
         time.sleep(0.05)
+
+
+def command_line(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command `ratchet`, asking this service."""
+    monkeypatch.setenv("RATCHET_PORT", str(client.base_url.port))
+
+    def run(*words: str | Path) -> Result:
+        get_settings.cache_clear()
+        return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+    return run
 
 
 def chunks(response: httpx.Response) -> list[dict[str, Any]]:

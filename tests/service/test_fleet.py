@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Rows, Serve, ask, chunks, publish, wait_until
+from conftest import Rows, Serve, ask, chunks, command_line, publish, wait_until
 
 from service import fleet, reconciler
 from service.errors import EngineGone, EngineUnavailable
@@ -330,3 +330,24 @@ def test_a_removed_replica_ends_the_requests_that_it_has(
         rest = "".join(lines)
     assert rest.endswith("data: [DONE]")
     assert '"a"' in rest
+
+
+def test_the_command_line_lists_adds_drains_and_removes(
+    serve: Serve, addressed: tuple[FakeEngine, FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = addressed
+    client = serve(first, second, engine_urls=(first.url,))
+    monkeypatch.setenv("COLUMNS", "200")
+    ratchet = command_line(client, monkeypatch)
+    refused = ratchet("replica", "drain", first.url)
+    assert (refused.exit_code, "Add another one" in refused.output) == (1, True)
+    assert second.url in ratchet("replica", "add", second.url, "--why", "more users").output
+    wait_until(lambda: states(client)[second.url] == ("serving", True))
+    assert ratchet("replica", "drain", first.url).exit_code == 0
+    shown = ratchet("replica", "list").output.splitlines()
+    assert [line.split()[:4] for line in shown[1:]] == [
+        [first.url, "draining", "True", "0"],
+        [second.url, "serving", "True", "0"],
+    ]
+    assert first.url not in ratchet("replica", "remove", first.url).output
+    assert client.get("/operator/actions").json()[-1]["reason"] == "more users"

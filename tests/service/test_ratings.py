@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from conftest import Rows, Serve
+from conftest import Rows, Serve, command_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +77,9 @@ def test_at_the_estimate_each_policy_is_expected_to_win_as_often_as_it_did(
 
 
 @pytest.mark.database
-def test_the_ratings_are_those_of_all_duels_with_votes(serve: Serve, rows: Rows) -> None:
+def test_the_ratings_are_those_of_all_duels_with_votes(
+    serve: Serve, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = serve(FakeEngine())
     assert client.get("/operator/ratings").json() == []
     for name in (ONE, TWO, THREE):
@@ -106,3 +108,6 @@ def test_the_ratings_are_those_of_all_duels_with_votes(serve: Serve, rows: Rows)
     assert found[ONE]["win_rate"] == pytest.approx((35 + 20) / 88)
     assert found[ONE]["win_rate_low"] < found[ONE]["win_rate"] < found[ONE]["win_rate_high"]
     assert found[BASE]["strength"] == 0
+    shown = command_line(client, monkeypatch)("ratings").output.splitlines()
+    assert {line.split()[0] for line in shown[1:]} == {BASE, ONE, TWO}
+    assert f"{found[ONE]['strength']:.3f} [{found[ONE]['strength_low']:.3f}, " in " ".join(shown)
