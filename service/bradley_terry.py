@@ -18,10 +18,12 @@ from collections.abc import Sequence
 import choix
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 Z = 1.96
 """Two-sided 95 % of a normal distribution."""
 PRIOR = 0.5
+Array = NDArray[np.float64]
 
 
 class Tally(msgspec.Struct, frozen=True):
@@ -78,7 +80,7 @@ def _connected(base: str, tallies: Sequence[Tally]) -> list[str]:
     return names
 
 
-def _count_wins(names: Sequence[str], tallies: Sequence[Tally]) -> np.ndarray:
+def _count_wins(names: Sequence[str], tallies: Sequence[Tally]) -> Array:
     """(N, N): how often the row's policy was preferred to the column's, with the prior."""
     number = {name: i for i, name in enumerate(names)}
     wins = np.zeros((len(names), len(names)))
@@ -90,7 +92,7 @@ def _count_wins(names: Sequence[str], tallies: Sequence[Tally]) -> np.ndarray:
     return wins + PRIOR * (wins + wins.T > 0)
 
 
-def _standard_errors(strengths: np.ndarray, wins: np.ndarray) -> np.ndarray:
+def _standard_errors(strengths: Array, wins: Array) -> Array:
     """(N,): of each strength, where the first one is known to be 0."""
     chance = 1 / (1 + np.exp(strengths[None, :] - strengths[:, None]))  # (N, N): row preferred to column
     weights = (wins + wins.T) * chance * (1 - chance)

@@ -38,6 +38,7 @@ class Replica:
         self.healthy = False
         self.draining = False
         """It gets no new requests, and is kept ready."""
+        self.removed = False
         self.verified: set[str] = set()
         self.refused: dict[str, str] = {}
         """Why a policy could not be loaded or verified here."""
@@ -63,10 +64,9 @@ class Replica:
 
     def fail(self) -> None:
         """It did not answer. Nothing goes to it, and everything on it is verified anew, until it does."""
-        self.healthy = False
         self.verified.clear()
         self._alive_at = -math.inf
-        metrics.REPLICA_HEALTHY.labels(self.url).set(0)
+        self._set_healthy(False)
 
     async def look(self) -> frozenset[str]:
         """Bring health and verified policies up to date; what the engine holds. Raises EngineUnavailable."""
@@ -76,9 +76,13 @@ class Replica:
         if time.monotonic() - self._alive_at > HEALTH_SECONDS:
             await self._ask_for_token()
         self.verified.add(BASE)
-        self.healthy = True
-        metrics.REPLICA_HEALTHY.labels(self.url).set(1)
+        self._set_healthy(True)
         return models.names
+
+    def _set_healthy(self, healthy: bool) -> None:
+        self.healthy = healthy
+        if not self.removed:
+            metrics.REPLICA_HEALTHY.labels(self.url).set(healthy)
 
     async def _ask_for_token(self) -> None:
         """Raises EngineUnavailable where none comes. If nobody else got one meanwhile either, nobody is left waiting for theirs."""
@@ -134,6 +138,8 @@ class Fleet:
         self.follow(dict.fromkeys(urls, "serving"))
         self._deployment: Deployment | None = None
         """The pointer as the database last said; None until it has been read."""
+        self._answers = ""
+        """The policy that this process answers with."""
         self.duel: Match | None = None
         """The duel that runs, as the database last said."""
 
@@ -144,6 +150,7 @@ class Fleet:
         for replica in self.replicas:
             replica.draining = wanted[replica.url] == "draining"
         for url in known.keys() - wanted.keys():
+            known[url].removed = True
             metrics.forget_replica(url)
 
     def serving(self) -> list[Replica]:
@@ -159,12 +166,22 @@ class Fleet:
         return max((replica.context_tokens for replica in self.replicas), default=0)
 
     def live_policy(self) -> str:
-        """The policy that answers. Raises EngineUnavailable while nobody knows."""
+        """The policy that answers. Raises EngineUnavailable while nobody knows.
+
+        Each process verifies for itself: where another one was faster and moved the pointer, this one goes on as before until it is
+        ready.
+        """
         if self._deployment is None:
             raise EngineUnavailable(
                 "The service is starting. Try again in a moment.", code="engine_not_ready"
             )
-        return self._deployment.live
+        live = self._deployment.live
+        if self._is_ready(live) or not self._is_ready(self._answers):
+            self._answers = live
+        return self._answers
+
+    def _is_ready(self, policy: str) -> bool:
+        return any(policy in replica.verified for replica in self.serving())
 
     def match(self) -> Match | None:
         """The duel that can be shown now: it fits the pointer, and a replica is ready for each of the two."""

@@ -7,7 +7,7 @@ import asyncio
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 from sqlalchemy import select
@@ -41,10 +41,10 @@ class Rating:
     win_rate: float
     win_rate_low: float
     win_rate_high: float
-    strength: float | None
+    strength: float | None = None
     """None: no votes lead from it to the base."""
-    strength_low: float | None
-    strength_high: float | None
+    strength_low: float | None = None
+    strength_high: float | None = None
 
 
 class _Strength(msgspec.Struct):
@@ -87,12 +87,14 @@ async def rate(tallies: list[Met]) -> list[Rating]:
 
 
 def _rating(policy: str, wins: float, votes: int, strength: _Strength | None) -> Rating:
-    return Rating(
-        policy,
-        votes,
-        wins / votes,
-        *wilson(wins, votes),
-        *((strength.estimate, strength.low, strength.high) if strength else (None, None, None)),
+    rating = Rating(policy, votes, wins / votes, *wilson(wins, votes))
+    if strength is None:
+        return rating
+    return replace(
+        rating,
+        strength=strength.estimate,
+        strength_low=strength.low,
+        strength_high=strength.high,
     )
 
 

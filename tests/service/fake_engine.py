@@ -35,6 +35,7 @@ class FakeEngine:
     logprobs: dict[str, float] = field(default_factory=dict)
     """What every token of a policy scores."""
     cannot_load: set[str] = field(default_factory=set)
+    load_seconds: float = 0.0
     asked: list[tuple[str, list[Message], Sampling, int]] = field(default_factory=list)
     aborted: int = 0
     dropped: asyncio.Event = field(default_factory=asyncio.Event)
@@ -108,6 +109,7 @@ class FakeEngine:
         self._check_alive()
         if policy in self.cannot_load:
             raise PolicyRefused("the engine could not load it")
+        await asyncio.sleep(self.load_seconds)
         self.held.add(policy)
 
     async def unload(self, policy: str) -> None:

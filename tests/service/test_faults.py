@@ -116,6 +116,22 @@ def test_of_two_services_one_leads_and_when_it_loses_its_lock_the_other_goes_on(
         wait_until(lambda client=client: client.post(CHAT, json=ask()).headers["x-ratchet-policy"] == NEWER)  # type: ignore[misc]
 
 
+def test_a_service_that_is_slower_to_verify_a_policy_answers_with_the_old_one_until_then(
+    serve: Serve, rows: Rows, tmp_path: Path
+) -> None:
+    quick = FakeEngine(logprobs={NEW: -2.0})
+    slow = FakeEngine(logprobs={NEW: -2.0}, load_seconds=2.0)
+    serve(quick)
+    wait_until(lambda: len(rows(LEADERS)) == 1)
+    other = serve(slow)
+    publish(rows, NEW, make_folder(tmp_path / NEW))
+    wait_until(lambda: rows(POINTER) == [(NEW, BASE, None)])
+    time.sleep(0.3)  # it has been told
+    answer = other.post(CHAT, json=ask())
+    assert (answer.status_code, answer.headers["x-ratchet-policy"]) == (200, BASE)
+    wait_until(lambda: other.post(CHAT, json=ask()).headers["x-ratchet-policy"] == NEW)
+
+
 async def test_a_leader_of_an_older_term_decides_nothing(
     prepared: Settings, rows: Rows, tmp_path: Path
 ) -> None:
