@@ -69,33 +69,40 @@ class Replica:
         self._set_healthy(False)
 
     async def look(self) -> frozenset[str]:
-        """Bring health and verified policies up to date; what the engine holds. Raises EngineUnavailable."""
+        """Bring health and verified policies up to date; what the engine holds. Raises EngineUnavailable.
+
+        Where it is silent too, nobody is left waiting for what it was asked: the connection of an engine that hangs stays, and so does
+        that of a machine that is gone.
+        """
+        began = time.monotonic()
+        try:
+            names = await self._ask()
+        except EngineUnavailable:
+            if self._alive_at < min(began, time.monotonic() - SILENT_SECONDS):
+                self.engine.drop()
+            raise
+        self.verified.add(BASE)
+        self._set_healthy(True)
+        return names
+
+    async def _ask(self) -> frozenset[str]:
+        """What it holds, and a token, unless one came a moment ago."""
         models = await self.engine.models()
         self.context_tokens = models.context_tokens
         self.verified &= models.names  # an adapter that is gone: the engine restarted
         if time.monotonic() - self._alive_at > HEALTH_SECONDS:
-            await self._ask_for_token()
-        self.verified.add(BASE)
-        self._set_healthy(True)
+            self._asked_at = time.monotonic()
+            try:
+                await self.engine.complete_one(BASE)
+                self.saw_token()
+            finally:
+                self._asked_at = math.inf
         return models.names
 
     def _set_healthy(self, healthy: bool) -> None:
         self.healthy = healthy
         if not self.removed:
             metrics.REPLICA_HEALTHY.labels(self.url).set(healthy)
-
-    async def _ask_for_token(self) -> None:
-        """Raises EngineUnavailable where none comes. If nobody else got one meanwhile either, nobody is left waiting for theirs."""
-        self._asked_at = time.monotonic()
-        try:
-            await self.engine.complete_one(BASE)
-            self.saw_token()
-        except EngineUnavailable:
-            if self._alive_at < self._asked_at:
-                self.engine.drop()
-            raise
-        finally:
-            self._asked_at = math.inf
 
     async def verify(self, policy: str, manifest: Manifest) -> None:
         """Accept a loaded policy that reproduces its probe. Raises PolicyRefused, EngineUnavailable."""

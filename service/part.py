@@ -94,6 +94,7 @@ class Part:
                     seen = seen or any(map(_is_seen, each))
                     yield each
             except EngineUnavailable as error:
+                self._blame(error)
                 if not seen and await self._ask_another(error):
                     held.clear()
                     continue
@@ -123,6 +124,7 @@ class Part:
                 )
                 return
             except EngineUnavailable as error:
+                self._blame(error)
                 await self._leave(error)
 
     def _lease(self) -> Replica:
@@ -135,18 +137,20 @@ class Part:
         self._tried.add(self._replica)
         return self._replica
 
-    async def _leave(self, error: EngineUnavailable) -> None:
-        """Note what a replica that failed is good for from now on. Raises the error where no other one may be asked."""
-        await self._attempt.aclose()
-        self.taken = False
+    def _blame(self, error: EngineUnavailable) -> None:
+        """Note what a replica that failed is good for from now on."""
         if isinstance(error, PolicyNotLoaded):
             self._replica.verified.discard(self._question.policy)
-            return
-        if isinstance(error, EngineGone):
+        elif isinstance(error, EngineGone):
             self._replica.fail()
         else:
             self._replica.doubt()
-        if isinstance(error, EngineUnreachable):
+
+    async def _leave(self, error: EngineUnavailable) -> None:
+        """Leave a replica for another one. Raises the error where none may be asked."""
+        await self._attempt.aclose()
+        self.taken = False
+        if isinstance(error, PolicyNotLoaded | EngineUnreachable):
             return
         if self._failed is not None:
             raise error
