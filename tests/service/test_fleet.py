@@ -18,6 +18,7 @@ from tests.service.test_reconciler import make_folder
 
 pytestmark = pytest.mark.database
 CHAT = "/v1/chat/completions"
+REPLICAS = "/operator/replicas"
 BASE, NEW = "policy-000000", "policy-000001"
 POINTER = "SELECT live, previous, challenger FROM deployment"
 
@@ -28,8 +29,12 @@ def two() -> tuple[FakeEngine, FakeEngine]:
     return FakeEngine(url="a", replies=("from a",)), FakeEngine(url="b", replies=("from b",))
 
 
+def states(client: httpx.Client) -> dict[str, tuple[str, bool]]:
+    return {row["url"]: (row["state"], row["healthy"]) for row in client.get(REPLICAS).json()}
+
+
 def healthy(client: httpx.Client, url: str) -> bool:
-    return f'ratchet_replica_healthy{{replica="{url}"}} 1.0' in client.get("/metrics").text
+    return states(client)[url][1]
 
 
 def serve_both(serve: Serve, *engines: FakeEngine, **settings: Any) -> httpx.Client:
@@ -203,20 +208,6 @@ def test_requests_that_wait_at_an_engine_that_hangs_are_answered_by_another(
     wait_until(lambda: healthy(client, "a"))
 
 
-def test_a_stream_at_an_engine_that_hangs_midway_ends_in_an_error_event(
-    serve: Serve, quick: None, two: tuple[FakeEngine, FakeEngine]
-) -> None:
-    client = serve_both(serve, *two)
-    two[0].pause_seconds = 0.2
-    with client.stream("POST", CHAT, json=ask(stream=True)) as answer:
-        lines = answer.iter_lines()
-        while '"from ' not in next(lines):
-            pass
-        two[0].hangs = True
-        rest = "".join(lines)
-    assert '"error"' in rest or '"stop"' in rest  # its last piece may have been on its way
-
-
 def test_a_replica_that_hangs_delays_neither_the_others_nor_a_swap(
     serve: Serve, rows: Rows, quick: None, two: tuple[FakeEngine, FakeEngine], tmp_path: Path
 ) -> None:
@@ -232,13 +223,6 @@ def test_a_replica_that_hangs_delays_neither_the_others_nor_a_swap(
     publish(rows, NEW, make_folder(tmp_path / NEW))
     wait_until(lambda: rows(POINTER) == [(NEW, BASE, None)], 20)
     assert client.post(CHAT, json=ask()).status_code == 200
-
-
-REPLICAS = "/operator/replicas"
-
-
-def states(client: httpx.Client) -> dict[str, tuple[str, bool]]:
-    return {row["url"]: (row["state"], row["healthy"]) for row in client.get(REPLICAS).json()}
 
 
 def change(client: httpx.Client, url: str, state: str) -> httpx.Response:
