@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 Z = 1.96
 """Two-sided 95 % of a normal distribution."""
 PRIOR = 0.5
+MOST_STEPS = 10_000
 Array = NDArray[np.float64]
 
 
@@ -58,7 +59,7 @@ def fit(base: str, tallies: Sequence[Tally]) -> list[Strength]:
     if len(names) == 1:
         return [Strength(base, 0.0, 0.0, 0.0)]
     wins = _count_wins(names, tallies)
-    strengths = choix.ilsr_pairwise_dense(wins)
+    strengths = choix.ilsr_pairwise_dense(wins, max_iter=MOST_STEPS)
     strengths -= strengths[0]
     errors = _standard_errors(strengths, wins)
     found = [
