@@ -107,7 +107,7 @@ def test_of_two_services_one_leads_and_when_it_loses_its_lock_the_other_goes_on(
         wait_until(lambda client=client: client.post(CHAT, json=ask()).headers["x-ratchet-policy"] == NEW)  # type: ignore[misc]
     [(term,)] = rows("SELECT leader_term FROM deployment")
     for _ in range(3):
-        rows("SELECT pg_terminate_backend(pid) FROM (" + LEADERS + ") AS leading")
+        rows("SELECT pg_terminate_backend(pid) FROM (" + LEADERS + ") AS found")
         wait_until(lambda: len(rows(LEADERS)) == 1)
     publish(rows, NEWER, make_folder(tmp_path / NEWER))
     wait_until(lambda: rows(POINTER) == [(NEWER, NEW, None)])
