@@ -8,7 +8,7 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock"
 LOCK_CPU := $(LOCK) pyproject.toml requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo bench-duel bench-learning bench-swap clean lock
+.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo bench-duel bench-learning bench-swap bench-fleet clean lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -68,6 +68,10 @@ bench-learning: ## what is learnt from 450 noisy votes, by ours and by best-of-1
 bench-swap: ## 20 swaps under 32 streams: failed and mixed replies, gaps, delays; beside reloading in place and restarting; TURNS=10
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.swap $(if $(TURNS),--turns $(TURNS))
+
+bench-fleet: ## two replicas under load, one killed with -9 again and again: replies cut, failed, answered elsewhere; KILLS=10
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.fleet $(if $(KILLS),--kills $(KILLS))
 
 clean: ## remove what was installed and cached; the state folder stays
 	rm -rf .venv .venv-gpu .venv-peers .venv-trl tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

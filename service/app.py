@@ -28,6 +28,7 @@ from service import (
     lineage,
     metrics,
     operator,
+    operator_replicas,
     pages,
     rankings,
     users,
@@ -38,9 +39,9 @@ from service.context import Context
 from service.database import async_engine, async_sessions, database_url
 from service.docs import ERROR_CONTENT, DescribedApp
 from service.edge import Edge
-from service.engine import Engine, VllmEngine, engine_connector
+from service.engine import VllmEngine, engine_connector
 from service.errors import BadRequest, Conflict, DatabaseUnavailable, RatchetError
-from service.fleet import Fleet
+from service.fleet import Connect, Fleet
 from service.journal import Journal
 from service.keyring import KeyRing
 from service.limits import Limits
@@ -59,6 +60,7 @@ ROUTERS = (
     conversations.router,
     users.router,
     operator.router,
+    operator_replicas.router,
     lineage.router,
     exports.router,
     imports.router,
@@ -81,16 +83,21 @@ PLAINER = {
     405: ("wrong_method", "This path does not take this method. The header Allow names those that it takes."),
 }
 """What Starlette's and FastAPI's own errors mean, by status: code and message."""
-Connect = Callable[[Settings, aiohttp.ClientSession], list[Engine]]
+ConnectBy = Callable[[aiohttp.ClientSession], Connect]
 
 
-def create_app(settings: Settings, connect: Connect | None = None) -> FastAPI:
-    """The service. `connect` makes its engines: vLLM over HTTP, unless a test brings others."""
+def connect_vllm(session: aiohttp.ClientSession) -> Connect:
+    """How a vLLM replica is reached."""
+    return lambda url: VllmEngine(url, session)
+
+
+def create_app(settings: Settings, connect_by: ConnectBy = connect_vllm) -> FastAPI:
+    """The service. `connect_by` tells how an address becomes an engine: by HTTP, unless a test brings others."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            app.state.context = await _start(stack, settings, connect or connect_vllm)
+            app.state.context = await _start(stack, settings, connect_by)
             yield
 
     app = DescribedApp(lifespan=lifespan, key_optional=may_be_anonymous(settings))
@@ -113,20 +120,14 @@ def create_app(settings: Settings, connect: Connect | None = None) -> FastAPI:
     return app
 
 
-def connect_vllm(settings: Settings, session: aiohttp.ClientSession) -> list[Engine]:
-    """The replicas that the settings name, else the one that `ratchet up` starts."""
-    urls = settings.engine_urls or (f"http://127.0.0.1:{settings.engine_port}",)
-    return [VllmEngine(url, session) for url in urls]
-
-
-async def _start(stack: AsyncExitStack, settings: Settings, connect: Connect) -> Context:
+async def _start(stack: AsyncExitStack, settings: Settings, connect_by: ConnectBy) -> Context:
     """Open what the service needs; `stack` closes it in the opposite order."""
     database: AsyncEngine = async_engine(settings)
     stack.push_async_callback(database.dispose)
     session = await stack.enter_async_context(aiohttp.ClientSession(connector=engine_connector()))
     journal = Journal(database_url(settings))
     await stack.enter_async_context(journal.running())
-    fleet = Fleet(connect(settings, session))
+    fleet = Fleet(connect_by(session), settings.replica_urls)
     context = Context(
         settings=settings,
         sessions=async_sessions(database),
@@ -137,7 +138,7 @@ async def _start(stack: AsyncExitStack, settings: Settings, connect: Connect) ->
         votes=VoteCount(),
     )
     referee = Referee(context.sessions, settings)
-    reconciler = Reconciler(context.fleet, referee, context.sessions, database_url(settings))
+    reconciler = Reconciler(settings, fleet, referee, context.sessions)
     task = asyncio.create_task(reconciler.run(), name="reconciler")
     stack.push_async_callback(_stop, task)
     return context

@@ -30,6 +30,10 @@ app = typer.Typer(
 )
 cycle_app = typer.Typer(no_args_is_help=True, help="Training cycles.")
 app.add_typer(cycle_app, name="cycle")
+replica_app = typer.Typer(
+    no_args_is_help=True, help="Engines: added, drained and removed while the service runs."
+)
+app.add_typer(replica_app, name="replica")
 key_app = typer.Typer(no_args_is_help=True, help="API keys.")
 app.add_typer(key_app, name="key")
 
@@ -73,12 +77,60 @@ def duels() -> None:
 
 
 @app.command()
+def ratings() -> None:
+    """Rate all policies by the votes of all duels, the strongest first."""
+    rows = _call("GET", "/operator/ratings")
+    for row in rows:
+        for name in ("win_rate", "strength"):
+            numbers = (row[name], row[f"{name}_low"], row[f"{name}_high"])
+            row[name] = "" if row[name] is None else "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
+    _show(rows, ["policy", "votes", "win_rate", "strength"])
+
+
+@app.command()
 def actions() -> None:
     """List what operators did, the newest first."""
     _show(_call("GET", "/operator/actions"), ["created_at", "account", "action", "subject", "reason"])
 
 
 Why = Annotated[str, typer.Option("--why", help="Kept with the action.")]
+Address = Annotated[str, typer.Argument(metavar="URL", help="http://host:port")]
+
+
+@replica_app.command("list")
+def list_replicas() -> None:
+    """List the replicas, what they hold and what they are doing."""
+    _show_replicas(_call("GET", "/operator/replicas"))
+
+
+@replica_app.command("add")
+def add_replica(url: Address, why: Why = "") -> None:
+    """Add a replica, or take back one that was drained or removed."""
+    _change_replica(url, "serving", why)
+
+
+@replica_app.command("drain")
+def drain_replica(url: Address, why: Why = "") -> None:
+    """Send a replica no new requests; it ends those that it has."""
+    _change_replica(url, "draining", why)
+
+
+@replica_app.command("remove")
+def remove_replica(url: Address, why: Why = "") -> None:
+    """Forget a replica; it ends the requests that it has."""
+    _change_replica(url, "removed", why)
+
+
+def _change_replica(url: str, state: str, why: str) -> None:
+    body = {"url": url, "state": state} | ({"reason": why} if why else {})
+    _show_replicas(_call("PUT", "/operator/replicas", body))
+
+
+def _show_replicas(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        row["policies"] = ", ".join(row["policies"])
+        row["refused"] = "; ".join(f"{name}: {reason}" for name, reason in row["refused"].items())
+    _show(rows, ["url", "state", "healthy", "running", "policies", "refused"])
 
 
 @app.command()

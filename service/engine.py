@@ -20,6 +20,7 @@ from service.errors import (
     DeadlineExceeded,
     EngineGone,
     EngineUnavailable,
+    EngineUnreachable,
     PolicyNotLoaded,
     PolicyRefused,
     RatchetError,
@@ -121,6 +122,9 @@ class Engine(Protocol):
     async def logprob(self, policy: str, prefix: list[int], token: int) -> float:
         """Log-probability (nats, temperature 1) of `token` after `prefix`."""
 
+    def drop(self) -> None:
+        """End every generation under way with EngineGone: the replica gives no tokens any more, although it keeps its connections."""
+
 
 def engine_connector() -> aiohttp.TCPConnector:
     """Connections to engines: as many as there are requests, kept for the next ones."""
@@ -133,6 +137,9 @@ class VllmEngine:
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
         self.url = url.rstrip("/")
         self._session = session
+        self._opening: set[asyncio.Timeout] = set()
+        """Of requests that have no answer yet."""
+        self._answering: set[aiohttp.StreamReader] = set()
 
     @asynccontextmanager
     async def generate(
@@ -152,26 +159,40 @@ class VllmEngine:
             response.content.set_exception,
             DeadlineExceeded("The answer took too long. Ask for fewer tokens."),
         )
+        self._answering.add(response.content)
         try:
             if response.status != HTTPStatus.OK:
                 raise _refusal(response.status, _message_of(await response.text()), policy)
             yield _pieces(response.content) if stream else _only(_whole(await _read(response)))
         finally:
+            self._answering.discard(response.content)
             alarm.cancel()
             response.close()  # before the end: vLLM sees it and aborts the generation
 
     async def _open(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
         try:
-            return await self._session.post(
-                self.url + path,
-                data=msgspec.json.encode(body),
-                headers=JSON_HEADERS,
-                timeout=timeout,
-                read_bufsize=READ_BYTES,
-            )
+            async with asyncio.timeout(None) as limit:
+                self._opening.add(limit)
+                try:
+                    return await self._session.post(
+                        self.url + path,
+                        data=msgspec.json.encode(body),
+                        headers=JSON_HEADERS,
+                        timeout=timeout,
+                        read_bufsize=READ_BYTES,
+                    )
+                finally:
+                    self._opening.discard(limit)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _gone(error) from error
+
+    def drop(self) -> None:
+        opening, self._opening = self._opening, set()
+        for limit in opening:
+            limit.reschedule(0)
+        for content in self._answering:
+            content.set_exception(EngineGone("The engine stopped answering. Try again."))
 
     async def models(self) -> Models:
         cards = (await self._call("GET", "/v1/models"))["data"]
@@ -229,7 +250,9 @@ class VllmEngine:
 
 
 def _gone(error: Exception) -> EngineGone:
-    return EngineGone(f"The engine did not answer ({type(error).__name__}). Try again.")
+    unreachable = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+    kind = EngineUnreachable if unreachable else EngineGone
+    return kind(f"The engine did not answer ({type(error).__name__}). Try again.")
 
 
 def _body(

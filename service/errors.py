@@ -12,7 +12,8 @@ RatchetError                500
 ├── Overloaded              503  with Retry-After: all callers together do
 ├── DatabaseUnavailable     503  with Retry-After
 ├── EngineUnavailable       503  with Retry-After
-│   ├── EngineGone               a replica could not be reached, or went away
+│   ├── EngineGone               a replica went away, with what was asked of it
+│   │   └── EngineUnreachable        ... before it was asked anything
 │   └── PolicyNotLoaded          a replica lost a policy; the reconciler brings it back
 ├── DeadlineExceeded        504
 ├── MixedPolicy             500  an engine answered with another policy than the one asked for
@@ -115,7 +116,11 @@ class EngineUnavailable(RatchetError):
 
 
 class EngineGone(EngineUnavailable):
-    """A replica could not be reached, or its connection broke."""
+    """A replica's connection broke, or it did not answer in time."""
+
+
+class EngineUnreachable(EngineGone):
+    """There was no connection to be had: the replica was asked nothing."""
 
 
 class PolicyNotLoaded(EngineUnavailable):

@@ -1,13 +1,13 @@
 """The replicas: which of them are healthy, which verified policies each holds, and where a request goes.
 
-Holds no wish of its own: `reconciler.py` makes the fleet agree with the database. Used by `chat.py` to route.
+Holds no wish of its own: `reconciler.py` makes the fleet agree with the database. Used by `part.py` to route.
 """
 
 import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from service import metrics
@@ -17,8 +17,12 @@ from service.errors import EngineUnavailable, PolicyRefused
 from service.policies import BASE, Manifest
 from service.tables import Deployment
 
+Connect = Callable[[str], Engine]
+"""Makes the engine that an address is of."""
 HEALTH_SECONDS = 5.0
 """A replica that gave no token for so long is asked for one."""
+SILENT_SECONDS = 2.0
+"""A replica that is asked for a token and gives none for so long is spared while there are others."""
 MAX_PROBED_TOKENS = 48
 """Positions that one verification measures, spread evenly over the manifest's probe."""
 PROBES_AT_ONCE = 4
@@ -28,9 +32,13 @@ PROBES_AT_ONCE = 4
 class Replica:
     """One engine and what this process knows of it. Unhealthy and empty until looked at."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, url: str, engine: Engine) -> None:
+        self.url = url
         self.engine = engine
         self.healthy = False
+        self.draining = False
+        """It gets no new requests, and is kept ready."""
+        self.removed = False
         self.verified: set[str] = set()
         self.refused: dict[str, str] = {}
         """Why a policy could not be loaded or verified here."""
@@ -38,30 +46,63 @@ class Replica:
         """Generations in flight, by policy."""
         self.context_tokens = 0
         self._alive_at = -math.inf
+        self._asked_at = math.inf
+        """When it was asked for a token to show that it works; infinity: it is not being asked."""
 
     def saw_token(self) -> None:
         """A token came: the engine works."""
         self._alive_at = time.monotonic()
 
+    def is_doubtful(self) -> bool:
+        """Whether it failed a request and has given no token since, or owes one for long: it may hang while its HTTP answers."""
+        silent_seconds = time.monotonic() - max(self._asked_at, self._alive_at)
+        return self._alive_at == -math.inf or silent_seconds > SILENT_SECONDS
+
+    def doubt(self) -> None:
+        """It failed a request, which may be the request's fault. The next look asks it for a token."""
+        self._alive_at = -math.inf
+
     def fail(self) -> None:
         """It did not answer. Nothing goes to it, and everything on it is verified anew, until it does."""
-        self.healthy = False
         self.verified.clear()
         self._alive_at = -math.inf
-        metrics.REPLICA_HEALTHY.labels(self.engine.url).set(0)
+        self._set_healthy(False)
 
     async def look(self) -> frozenset[str]:
-        """Bring health and verified policies up to date; what the engine holds. Raises EngineUnavailable."""
+        """Bring health and verified policies up to date; what the engine holds. Raises EngineUnavailable.
+
+        Where it is silent too, nobody is left waiting for what it was asked: the connection of an engine that hangs stays, and so does
+        that of a machine that is gone.
+        """
+        began = time.monotonic()
+        try:
+            names = await self._ask()
+        except EngineUnavailable:
+            if self._alive_at < min(began, time.monotonic() - SILENT_SECONDS):
+                self.engine.drop()
+            raise
+        self.verified.add(BASE)
+        self._set_healthy(True)
+        return names
+
+    async def _ask(self) -> frozenset[str]:
+        """What it holds, and a token, unless one came a moment ago."""
         models = await self.engine.models()
         self.context_tokens = models.context_tokens
         self.verified &= models.names  # an adapter that is gone: the engine restarted
         if time.monotonic() - self._alive_at > HEALTH_SECONDS:
-            await self.engine.complete_one(BASE)
-            self.saw_token()
-        self.verified.add(BASE)
-        self.healthy = True
-        metrics.REPLICA_HEALTHY.labels(self.engine.url).set(1)
+            self._asked_at = time.monotonic()
+            try:
+                await self.engine.complete_one(BASE)
+                self.saw_token()
+            finally:
+                self._asked_at = math.inf
         return models.names
+
+    def _set_healthy(self, healthy: bool) -> None:
+        self.healthy = healthy
+        if not self.removed:
+            metrics.REPLICA_HEALTHY.labels(self.url).set(healthy)
 
     async def verify(self, policy: str, manifest: Manifest) -> None:
         """Accept a loaded policy that reproduces its probe. Raises PolicyRefused, EngineUnavailable."""
@@ -96,30 +137,58 @@ class Replica:
 
 
 class Fleet:
-    """All replicas."""
+    """All replicas that are wanted."""
 
-    def __init__(self, engines: list[Engine]) -> None:
-        self.replicas = [Replica(engine) for engine in engines]
+    def __init__(self, connect: Connect, urls: Sequence[str]) -> None:
+        self._connect = connect
+        self.replicas: list[Replica] = []
+        self.follow(dict.fromkeys(urls, "serving"))
         self._deployment: Deployment | None = None
         """The pointer as the database last said; None until it has been read."""
+        self._answers = ""
+        """The policy that this process answers with."""
         self.duel: Match | None = None
         """The duel that runs, as the database last said."""
 
+    def follow(self, wanted: Mapping[str, str]) -> None:
+        """Be made of these replicas; by address, `serving` or `draining`. One that is left out ends the requests that it has."""
+        known = {replica.url: replica for replica in self.replicas}
+        self.replicas = [known.get(url) or Replica(url, self._connect(url)) for url in wanted]
+        for replica in self.replicas:
+            replica.draining = wanted[replica.url] == "draining"
+        for url in known.keys() - wanted.keys():
+            known[url].removed = True
+            metrics.forget_replica(url)
+
+    def serving(self) -> list[Replica]:
+        """Those that can get requests now."""
+        return [replica for replica in self.replicas if replica.healthy and not replica.draining]
+
     def policies(self) -> list[str]:
         """Names of the policies that can be asked for now, in order."""
-        return sorted(set().union(*(replica.verified for replica in self.replicas if replica.healthy)))
+        return sorted(set().union(*(replica.verified for replica in self.serving())))
 
     def context_tokens(self) -> int:
         """Longest prompt and reply together, in tokens; 0 while no replica has been seen."""
-        return max(replica.context_tokens for replica in self.replicas)
+        return max((replica.context_tokens for replica in self.replicas), default=0)
 
     def live_policy(self) -> str:
-        """The policy that answers. Raises EngineUnavailable while nobody knows."""
+        """The policy that answers. Raises EngineUnavailable while nobody knows.
+
+        Each process verifies for itself: where another one was faster and moved the pointer, this one goes on as before until it is
+        ready.
+        """
         if self._deployment is None:
             raise EngineUnavailable(
                 "The service is starting. Try again in a moment.", code="engine_not_ready"
             )
-        return self._deployment.live
+        live = self._deployment.live
+        if self._is_ready(live) or not self._is_ready(self._answers):
+            self._answers = live
+        return self._answers
+
+    def _is_ready(self, policy: str) -> bool:
+        return any(policy in replica.verified for replica in self.serving())
 
     def match(self) -> Match | None:
         """The duel that can be shown now: it fits the pointer, and a replica is ready for each of the two."""
@@ -136,19 +205,19 @@ class Fleet:
             self._deployment = deployment
             metrics.show_live(deployment.live)
 
-    def route(self, policy: str) -> Replica:
-        """The least busy healthy replica that has verified the policy. Raises EngineUnavailable."""
-        able = [replica for replica in self.replicas if replica.healthy and policy in replica.verified]
+    def route(self, policy: str, tried: Collection[Replica] = ()) -> Replica:
+        """The least busy one that can get requests, has verified the policy, and was not tried yet. Raises EngineUnavailable."""
+        able = [replica for replica in self.serving() if policy in replica.verified and replica not in tried]
         if not able:
             raise EngineUnavailable(
                 f"No engine has {policy} ready. Try again in a moment.", code="engine_not_ready"
             )
-        return min(able, key=lambda replica: replica.running.total())
+        return min(able, key=lambda replica: (replica.is_doubtful(), replica.running.total()))
 
     @contextmanager
-    def lease(self, policy: str) -> Iterator[Replica]:
+    def lease(self, policy: str, tried: Collection[Replica] = ()) -> Iterator[Replica]:
         """Route, and count the generation as in flight meanwhile: its policy is not unloaded under it."""
-        replica = self.route(policy)
+        replica = self.route(policy, tried)
         replica.running[policy] += 1
         try:
             yield replica

@@ -16,11 +16,11 @@ from typing import NamedTuple
 from service import metrics
 from service.context import Context
 from service.engine import Message, Piece, Sampling
-from service.errors import DeadlineExceeded, EngineGone, MixedPolicy, PolicyNotLoaded, RatchetError
-from service.fleet import Replica
+from service.errors import DeadlineExceeded, MixedPolicy
 from service.journal import Begun, Ended, Stored, UserName
 from service.merging import merged
 from service.pairing import Objection, Pairing, objection, shown_order
+from service.part import Part, Question
 
 log = logging.getLogger("ratchet.generation")
 
@@ -111,8 +111,7 @@ class Generation:
         self._context = context
         self._pieces: AsyncIterator[list[Piece]]
         self._started = time.monotonic()
-        self._taken = False
-        """Whether an engine works on it, as far as is known."""
+        self._parts: list[Part] = []
         self._begun = False
         """Whether the rows are there."""
         self._beginning: asyncio.Task[None] | None = None
@@ -135,7 +134,7 @@ class Generation:
         if self._begun:
             open_voices = [voice for voice in self.voices if voice.finish_reason is None]
             await asyncio.shield(asyncio.gather(*(self._end(voice, reason) for voice in open_voices)))
-        elif self._taken:
+        elif any(part.taken for part in self._parts):
             await asyncio.shield(self._begin_whole(reason))
 
     async def begin(self, stack: AsyncExitStack) -> None:
@@ -192,38 +191,28 @@ class Generation:
         """One request to an engine, which then reads the prompt once; in a duel, one for each of the two."""
         asked = self.asked
         if len(set(asked.policies)) == 1:
-            self._pieces = await self._open_part(stack, asked.policies[0], 0, asked.count)
+            self._pieces = (await self._open_part(stack, asked.policies[0], 0, asked.count)).pieces()
             return
         parts = [await self._open_part(stack, policy, i, 1) for i, policy in enumerate(asked.policies)]
-        together = merged(parts)
+        together = merged([part.pieces() for part in parts])
         stack.push_async_callback(together.aclose)
         self._pieces = together
 
-    async def _open_part(
-        self, stack: AsyncExitStack, policy: str, first: int, count: int
-    ) -> AsyncIterator[list[Piece]]:
-        """Try replicas until one takes the request. Each that fails is routed to no more, so this ends."""
+    async def _open_part(self, stack: AsyncExitStack, policy: str, first: int, count: int) -> Part:
         asked = self.asked
-        while True:
-            async with AsyncExitStack() as attempt:
-                replica = attempt.enter_context(self._context.fleet.lease(policy))
-                generated = replica.engine.generate(
-                    policy,
-                    asked.messages,
-                    asked.sampling,
-                    count,
-                    stream=self._streams,
-                    deadline=self.deadline,
-                )
-                self._taken = True
-                try:
-                    pieces = await attempt.enter_async_context(generated)
-                except RatchetError as error:
-                    self._taken = first > 0  # where the other one of a duel is under way
-                    _note_failure(replica, policy, error)
-                    continue
-                stack.push_async_exit(attempt.pop_all())
-                return _heard(replica, pieces, first)
+        question = Question(
+            policy=policy,
+            messages=asked.messages,
+            sampling=asked.sampling,
+            first=first,
+            count=count,
+            stream=self._streams,
+            held=not asked.stream,
+            deadline=self.deadline,
+        )
+        part = Part(self._context.fleet, question)
+        self._parts.append(part)
+        return await stack.enter_async_context(part)
 
     @property
     def _streams(self) -> bool:
@@ -274,22 +263,3 @@ class Generation:
         voice.finish_reason = finish_reason
         metrics.REPLIES.labels(voice.policy, finish_reason).inc()
         metrics.REPLY_TOKENS.labels(voice.policy).inc(voice.completion_tokens)
-
-
-async def _heard(
-    replica: Replica, pieces: AsyncIterator[list[Piece]], first: int
-) -> AsyncIterator[list[Piece]]:
-    """A replica's pieces, its replies numbered from `first`; each proves that it works."""
-    async for each in pieces:
-        replica.saw_token()
-        yield [piece._replace(reply=piece.reply + first) for piece in each] if first else each
-
-
-def _note_failure(replica: Replica, policy: str, error: RatchetError) -> None:
-    """What a replica that did not take a request is good for from now on. Raises what another could not do better."""
-    if isinstance(error, PolicyNotLoaded):
-        replica.verified.discard(policy)
-    elif isinstance(error, EngineGone):
-        replica.fail()
-    else:
-        raise error

@@ -1,5 +1,7 @@
 """Every metric of the service, for Prometheus at `/metrics`. Names begin with `ratchet_` and hold units."""
 
+from contextlib import suppress
+
 from prometheus_client import Counter, Gauge, Histogram
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -14,6 +16,10 @@ REPLY_SECONDS = Histogram(
 )
 FIRST_TOKEN_SECONDS = Histogram(
     "ratchet_first_token_seconds", "From request to the first token.", buckets=SECONDS
+)
+RETRIES = Counter(
+    "ratchet_retries",
+    "Requests whose replica failed with them before a token, and that go to another where there is one.",
 )
 RUNNING = Gauge("ratchet_requests_running", "Chat requests that are being answered.")
 QUEUED = Gauge("ratchet_requests_queued", "Chat requests that wait for their turn.")
@@ -44,6 +50,12 @@ def show_duel(kind: str, wins: int, losses: int, ties: int) -> None:
     """Let `ratchet_duel_votes` show this tally."""
     for result, votes in (("win", wins), ("loss", losses), ("tie", ties)):
         DUEL_VOTES.labels(kind, result).set(votes)
+
+
+def forget_replica(url: str) -> None:
+    """Let `ratchet_replica_healthy` no longer name a replica that was removed."""
+    with suppress(KeyError):
+        REPLICA_HEALTHY.remove(url)
 
 
 def show_live(policy: str) -> None:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Path
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service import metrics, policies
+from service import metrics, policies, ratings
 from service.auth import OPERATOR_ONLY, OperatorDep
 from service.context import Context, ContextDep
 from service.errors import Conflict, EngineUnavailable, NotFound
@@ -18,6 +18,7 @@ from service.operator_schemas import (
     DeploymentView,
     DuelView,
     PolicyView,
+    RatingView,
 )
 from service.tables import Cycle, Deployment, Duel, OperatorAction, Policy
 
@@ -47,7 +48,7 @@ async def roll_back(
     async with context.sessions.begin() as session:
         deployment = await policies.roll_back(session)
         _check_ready(deployment.live, context)  # raising undoes the exchange
-        _record(session, identity, "rollback", deployment.live, body)
+        record(session, identity, "rollback", deployment.live, body.reason if body else None)
     metrics.ROLLBACKS.inc()
     return _moved(deployment, context)
 
@@ -65,7 +66,7 @@ async def promote(
             )
         _check_ready(challenger, context)
         deployment = await policies.promote(session, challenger)
-        _record(session, identity, "promote", challenger, body)
+        record(session, identity, "promote", challenger, body.reason if body else None)
     metrics.SWAPS.labels("promoted").inc()
     return _moved(deployment, context)
 
@@ -78,7 +79,7 @@ async def reject(
     async with context.sessions.begin() as session:
         challenger = await _on_trial(session)
         deployment = await policies.reject(session, challenger, "An operator rejected it.")
-        _record(session, identity, "reject", challenger, body)
+        record(session, identity, "reject", challenger, body.reason if body else None)
     return _moved(deployment, context)
 
 
@@ -88,6 +89,14 @@ async def list_duels(context: ContextDep) -> list[DuelView]:
     async with context.sessions() as session:
         rows = await session.scalars(select(Duel).order_by(Duel.id.desc()))
         return [DuelView.model_validate(row) for row in rows]
+
+
+@router.get("/ratings")
+async def list_ratings(context: ContextDep) -> list[RatingView]:
+    """How good every policy is by the votes of all duels, the strongest first."""
+    async with context.sessions() as session:
+        tallies = await ratings.read_tallies(session)
+    return [RatingView.model_validate(rating) for rating in await ratings.rate(tallies)]
 
 
 @router.get("/actions")
@@ -111,10 +120,8 @@ def _check_ready(policy: str, context: Context) -> None:
         raise EngineUnavailable(f"No engine has {policy} loaded yet. Try again in a moment.")
 
 
-def _record(
-    session: AsyncSession, identity: Identity, action: str, subject: str, body: ActionRequest | None
-) -> None:
-    reason = body.reason if body else None
+def record(session: AsyncSession, identity: Identity, action: str, subject: str, reason: str | None) -> None:
+    """Put on record what is done, in its transaction."""
     session.add(OperatorAction(account=identity.account, action=action, subject=subject, reason=reason))
 
 
@@ -159,5 +166,5 @@ async def start_cycle(
         session.add(cycle)
         await session.flush()
         await session.refresh(cycle)
-        _record(session, identity, "start cycle", str(cycle.id), body)
+        record(session, identity, "start cycle", str(cycle.id), body.reason if body else None)
         return CycleView.model_validate(cycle)

@@ -1,13 +1,31 @@
 """What the operator's calls answer: policies, the pointer, cycles, keys. Validation only."""
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from service.schemas import Text
 
 Role = Literal["user", "labeler", "operator"]
+
+
+LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+PORT = "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+ADDRESS = rf"^https?://({LABEL}(\.{LABEL})*|\[[0-9A-Fa-f:.]{{2,45}}\])(:{PORT})?(/[A-Za-z0-9._~-]+)*/?$"
+
+
+def _check_address(value: str) -> str:
+    """An engine's address. Raises ValueError that says what to change."""
+    if not re.fullmatch(ADDRESS, value):
+        raise ValueError("must be an address like http://10.0.0.7:8001, without user, query or fragment.")
+    return value
+
+
+Address = Annotated[
+    Text, AfterValidator(_check_address), Field(max_length=500, json_schema_extra={"pattern": ADDRESS})
+]
 
 
 class PolicyView(BaseModel):
@@ -58,12 +76,59 @@ class DuelView(BaseModel):
     ended_at: datetime | None = Field(description="When it ended.")
 
 
+class RatingView(BaseModel):
+    """A policy's rating. Intervals are of 95 %, for one look; a tie counts as half a win."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    policy: str = Field(description="Its name.")
+    votes: int = Field(description="Votes of all its duels.")
+    win_rate: float = Field(description="Share of them that it won, whoever it met.")
+    win_rate_low: float = Field(description="Where the interval of `win_rate` begins.")
+    win_rate_high: float = Field(description="Where it ends.")
+    strength: float | None = Field(
+        description="Bradley-Terry strength: the logarithm of its odds to be preferred to the base, also where the two never "
+        "met. Null where no votes lead from it to the base."
+    )
+    strength_low: float | None = Field(description="Where the interval of `strength` begins.")
+    strength_high: float | None = Field(description="Where it ends.")
+
+
 class ActionRequest(BaseModel):
     """Why an operator does something."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "It answers too curtly."}]})
 
     reason: Annotated[Text, Field(max_length=2000)] | None = Field(None, description="Kept with the action.")
+
+
+class ReplicaRequest(BaseModel):
+    """What is wanted of a replica, and why."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"url": "http://10.0.0.7:8001", "state": "serving", "reason": "A second machine."}]
+        }
+    )
+
+    url: Address = Field(description="Its address: `http://host:port`, as vLLM serves it.")
+    state: Literal["serving", "draining", "removed"] = Field(
+        description="`serving`: add it, or take it back. `draining`: no new requests. `removed`: none at all."
+    )
+    reason: Annotated[Text, Field(max_length=2000)] | None = Field(None, description="Kept with the action.")
+
+
+class ReplicaView(BaseModel):
+    """A replica, for the operator, as the process that answers sees it."""
+
+    url: str = Field(description="Its address.")
+    state: Literal["serving", "draining"] = Field(description="What is wanted of it.")
+    healthy: bool = Field(description="Whether it gives tokens.")
+    policies: list[str] = Field(
+        description="The policies that it holds and reproduces: those it is asked for."
+    )
+    refused: dict[str, str] = Field(description="Policies that it could not load or reproduce, and why.")
+    running: int = Field(description="Generations under way. A drained one can be stopped at 0.")
 
 
 class ActionView(BaseModel):

@@ -38,6 +38,10 @@ class Manifest(BaseModel):
     probe_tolerance: float = Field(gt=0, allow_inf_nan=False)
 
 
+class LeadLost(Exception):
+    """Another process leads by now: what this one was about to do as the leader is not done."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A policy that every replica must hold."""
@@ -164,6 +168,26 @@ async def lock_deployment(session: AsyncSession) -> Deployment:
     return (
         await session.execute(select(Deployment).where(Deployment.id == 1).with_for_update())
     ).scalar_one()
+
+
+async def begin_term(session: AsyncSession) -> int:
+    """Number of a new leader's term, once what the last one was doing has ended. Older terms are over with it."""
+    deployment = await lock_deployment(session)
+    deployment.leader_term += 1
+    await session.flush()
+    return deployment.leader_term
+
+
+async def lock_as_leader(session: AsyncSession, term: int) -> Deployment:
+    """As `lock_deployment`, for whoever leads: until the transaction ends, nobody else does. Raises LeadLost.
+
+    PostgreSQL gives the leader's lock to another process where its connection is lost; a leader that is slow to notice still believes
+    what it saw before.
+    """
+    deployment = await lock_deployment(session)
+    if deployment.leader_term != term:
+        raise LeadLost
+    return deployment
 
 
 async def _set_state(session: AsyncSession, name: str, state: str, reason: str | None) -> None:

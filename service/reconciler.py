@@ -1,8 +1,9 @@
 """Makes every replica agree with the database: loads, verifies, swaps, unloads. Runs beside the requests.
 
 Every service process loads and verifies for itself (both can be repeated safely); only the leader, who holds
-a PostgreSQL advisory lock, refuses a challenger, lets the referee look at the votes, and unloads. Woken by channel
-`deployment`, else once a second.
+a PostgreSQL advisory lock, refuses a challenger, lets the referee look at the votes, and unloads. Should it lose the lock without
+noticing, the number of its term, which each of its transactions compares, keeps it from doing more. Woken by channel `deployment`,
+else once a second.
 """
 
 import asyncio
@@ -12,18 +13,21 @@ import time
 from pathlib import Path
 
 import psycopg
-from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from service import duels, metrics, policies
+from service import duels, metrics, policies, replicas
+from service.database import database_url
 from service.errors import EngineUnavailable, PolicyRefused
 from service.fleet import Fleet, Replica
 from service.policies import BASE, CHANNEL, Manifest, Wanted
 from service.referee import Referee
+from service.settings import Settings
 
 log = logging.getLogger("ratchet.reconciler")
 
 POLL_SECONDS = 1.0
+BUSY_SECONDS = 0.1
+"""Between two looks while a replica is being seen to."""
 RETRY_SECONDS = 30.0
 """A wanted policy that a replica refused is tried again after this long (the disk may be back)."""
 LEADER_LOCK = 0x5A7C4E7
@@ -35,24 +39,37 @@ class Reconciler:
     """One per service process. `run` never returns."""
 
     def __init__(
-        self, fleet: Fleet, referee: Referee, sessions: async_sessionmaker[AsyncSession], url: URL
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        referee: Referee,
+        sessions: async_sessionmaker[AsyncSession],
     ) -> None:
+        self._settings = settings
         self._fleet = fleet
         self._referee = referee
         self._sessions = sessions
-        self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        url = database_url(settings).set(drivername="postgresql")
+        self._conninfo = url.render_as_string(hide_password=False)
         self._manifests: dict[str, Manifest] = {}
         self._retry_at: dict[tuple[str, str], float] = {}
+        self._under_way: dict[Replica, asyncio.Task[None]] = {}
+        """Each replica is seen to by itself: one that hangs keeps nobody else waiting."""
 
     async def run(self) -> None:
         """Reconcile for ever; a fault is logged and counted, and the next second tries again."""
-        while True:
-            try:
-                await self._run_connected()
-            except Exception as error:
-                metrics.RECONCILE_ERRORS.inc()
-                log.warning("reconciling failed, trying again: %s: %s", type(error).__name__, _line(error))
-                await asyncio.sleep(POLL_SECONDS)
+        try:
+            while True:
+                try:
+                    await self._run_connected()
+                except Exception as error:
+                    metrics.RECONCILE_ERRORS.inc()
+                    kind = type(error).__name__
+                    log.warning("reconciling failed, trying again: %s: %s", kind, _line(error))
+                    await asyncio.sleep(POLL_SECONDS)
+        finally:
+            for task in self._under_way.values():
+                task.cancel()
 
     async def _run_connected(self) -> None:
         """One connection both listens and holds the leader's lock, so that losing it loses both."""
@@ -60,44 +77,75 @@ class Reconciler:
             self._conninfo, autocommit=True, connect_timeout=5
         ) as connection:
             await connection.execute(f"LISTEN {CHANNEL}")
-            leads = False
+            term: int | None = None
             while True:
-                leads = leads or await _try_to_lead(connection)
-                await self.tick(leads)
-                async for _ in connection.notifies(timeout=POLL_SECONDS, stop_after=1):
+                if term is None and await _try_to_lead(connection):
+                    async with self._sessions.begin() as session:
+                        term = await policies.begin_term(session)
+                    log.info("this process leads, term %d", term)
+                await self.tick(term)
+                seconds = BUSY_SECONDS if self._under_way else POLL_SECONDS
+                async for _ in connection.notifies(timeout=seconds, stop_after=1):
                     pass
 
-    async def tick(self, leads: bool) -> None:
-        """Look at every replica and bring it one step nearer to what the database wants."""
+    async def tick(self, term: int | None) -> None:
+        """Look at every replica and bring it one step nearer to what the database wants. term: the leader's, None for others."""
         async with self._sessions() as session:
             deployment, wanted = await policies.wanted(session)
             running = await duels.read_open(session)
+            addresses = await replicas.read(session, self._settings.replica_urls)
+        self._fleet.follow(addresses)
         self._fleet.point(deployment)
         self._fleet.duel = duels.as_match(running) if running is not None else None
-        await asyncio.gather(*(self._agree(replica, wanted, leads) for replica in self._fleet.replicas))
-        if leads:
-            verified = await self._verified(deployment.challenger)
-            moved = await self._referee.look(verified) if verified or running else None
+        await self._see_to_all(wanted, term)
+        if term is not None:
+            verified = await self._verified(deployment.challenger, term)
+            moved = await self._referee.look(verified, term) if verified or running else None
             if moved is not None:
                 self._fleet.point(moved)
 
-    async def _agree(self, replica: Replica, wanted: list[Wanted], leads: bool) -> None:
+    async def _see_to_all(self, wanted: list[Wanted], term: int | None) -> None:
+        """See to every replica that is not being seen to; whoever takes longer goes on meanwhile. Raises what one of them raised."""
+        for replica in self._fleet.replicas:
+            if replica not in self._under_way:
+                self._under_way[replica] = asyncio.create_task(self._agree(replica, wanted, term))
+        if not self._under_way:
+            return
+        done, _ = await asyncio.wait(self._under_way.values(), timeout=POLL_SECONDS)
+        self._under_way = {replica: task for replica, task in self._under_way.items() if task not in done}
+        errors = [error for task in done if (error := task.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    async def _agree(self, replica: Replica, wanted: list[Wanted], term: int | None) -> None:
         """Load and verify what is missing on one replica; the leader also unloads what nobody wants."""
         try:
             held = await replica.look()
-            if leads:
-                await _unload_unwanted(replica, held, {BASE, *(policy.name for policy in wanted)})
+            unwanted = {name for name in held if OURS.fullmatch(name)} - _names(wanted)
+            if unwanted and term is not None:
+                await self._unload(replica, unwanted, term)
             for policy in wanted:
                 if policy.name not in replica.verified:
                     await self._bring(replica, policy)
         except EngineUnavailable as error:
             if replica.healthy:
-                log.warning("replica %s is not healthy: %s", replica.engine.url, error.message)
+                log.warning("replica %s is not healthy: %s", replica.url, error.message)
             replica.fail()
+
+    async def _unload(self, replica: Replica, unwanted: set[str], term: int) -> None:
+        """Unload what still is unwanted: it may have been a while since the database was asked. Raises LeadLost."""
+        async with self._sessions.begin() as session:
+            await policies.lock_as_leader(session, term)
+            _, wanted = await policies.wanted(session)
+        for name in sorted(unwanted - _names(wanted)):
+            if not replica.running[name]:
+                replica.verified.discard(name)  # first, so that nothing is routed to it any more
+                await replica.engine.unload(name)
+                log.info("%s unloaded from %s", name, replica.url)
 
     async def _bring(self, replica: Replica, policy: Wanted) -> None:
         """Load and verify one policy on one replica, noting why it was refused."""
-        key = (replica.engine.url, policy.name)
+        key = (replica.url, policy.name)
         if policy.name in replica.refused and time.monotonic() < self._retry_at[key]:
             return
         started = time.monotonic()
@@ -106,12 +154,12 @@ class Reconciler:
             await replica.engine.load(policy.name, policy.path)
             await replica.verify(policy.name, manifest)
         except PolicyRefused as error:
-            log.error("%s refused on %s: %s", policy.name, replica.engine.url, error.message)
+            log.error("%s refused on %s: %s", policy.name, replica.url, error.message)
             replica.refused[policy.name] = error.message
             self._retry_at[key] = time.monotonic() + RETRY_SECONDS
         else:
             metrics.LOAD_SECONDS.observe(time.monotonic() - started)
-            log.info("%s loaded and verified on %s", policy.name, replica.engine.url)
+            log.info("%s loaded and verified on %s", policy.name, replica.url)
 
     async def _manifest(self, policy: Wanted) -> Manifest:
         """The folder's manifest; its files are hashed and looked into once in a process, off the loop."""
@@ -121,18 +169,19 @@ class Reconciler:
             )
         return self._manifests[policy.name]
 
-    async def _verified(self, challenger: str | None) -> str | None:
-        """The challenger once every healthy replica has verified it; refuses it where one of them cannot."""
+    async def _verified(self, challenger: str | None, term: int) -> str | None:
+        """The challenger once every replica that serves has verified it; refuses it where one of them cannot."""
         if challenger is None:
             return None
-        healthy = [replica for replica in self._fleet.replicas if replica.healthy]
-        reasons = [replica.refused[challenger] for replica in healthy if challenger in replica.refused]
+        serving = self._fleet.serving()
+        reasons = [replica.refused[challenger] for replica in serving if challenger in replica.refused]
         if reasons:
             async with self._sessions.begin() as session:
+                await policies.lock_as_leader(session, term)
                 await policies.refuse(session, challenger, reasons[0])
             metrics.SWAPS.labels("refused").inc()
             return None
-        return challenger if healthy and all(challenger in each.verified for each in healthy) else None
+        return challenger if serving and all(challenger in each.verified for each in serving) else None
 
 
 async def _try_to_lead(connection: psycopg.AsyncConnection) -> bool:
@@ -140,12 +189,9 @@ async def _try_to_lead(connection: psycopg.AsyncConnection) -> bool:
     return bool(row and row[0])
 
 
-async def _unload_unwanted(replica: Replica, held: frozenset[str], wanted: set[str]) -> None:
-    for name in sorted(held - wanted):
-        if OURS.fullmatch(name) and not replica.running[name]:
-            replica.verified.discard(name)  # first, so that nothing is routed to it any more
-            await replica.engine.unload(name)
-            log.info("%s unloaded from %s", name, replica.engine.url)
+def _names(wanted: list[Wanted]) -> set[str]:
+    """The base is always wanted."""
+    return {BASE, *(policy.name for policy in wanted)}
 
 
 def _line(error: Exception) -> str:

@@ -31,13 +31,13 @@ class Referee:
         self._sessions = sessions
         self._settings = settings
 
-    async def look(self, verified: str | None) -> Deployment | None:
-        """One look at the votes. verified: a challenger that every replica has verified, if there is one.
+    async def look(self, verified: str | None, term: int) -> Deployment | None:
+        """One look at the votes. verified: a challenger that every replica has verified, if there is one. term: the leader's.
 
-        Returns the pointer where it moved.
+        Returns the pointer where it moved. Raises LeadLost.
         """
         async with self._sessions.begin() as session:
-            deployment = await policies.lock_deployment(session)
+            deployment = await policies.lock_as_leader(session, term)
             running = await duels.read_open(session)
             if running is not None and not duels.as_match(running).fits(deployment):
                 await duels.end(

@@ -137,6 +137,12 @@ class Settings(BaseSettings):
     lora_rank: int = Field(16, ge=1)
     """Rank of a policy's adapter."""
 
+    @property
+    def replica_urls(self) -> tuple[str, ...]:
+        """The replicas to begin with: those that are named, else the one that `ratchet up` starts."""
+        urls = self.engine_urls or (f"http://127.0.0.1:{self.engine_port}",)
+        return tuple(url.rstrip("/") for url in urls)
+
 
 @lru_cache
 def get_settings() -> Settings:

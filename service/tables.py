@@ -43,6 +43,7 @@ CYCLE_STAGES = (
 )
 ROLES = ("user", "labeler", "operator")
 POLICY_STATES = ("published", "verified", "rejected", "refused", "rolled_back")
+REPLICA_STATES = ("serving", "draining", "removed")
 DUEL_KINDS = ("trial", "watch")
 DUEL_OUTCOMES = ("better", "worse", "undecided", "stopped")
 
@@ -159,7 +160,20 @@ class Deployment(Table):
     challenger: Mapped[str | None] = mapped_column(ForeignKey("policies.name"))
     previous: Mapped[str | None] = mapped_column(ForeignKey("policies.name"))
     changed_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    leader_term: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """Counts the leaders. One that lost its lock without noticing finds a higher one here, and does nothing more."""
     __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+
+class ReplicaRow(Table):
+    """An engine that an operator added, drained or removed. It goes before the settings, which name the others."""
+
+    __tablename__ = "replicas"
+    url: Mapped[str] = mapped_column(primary_key=True)
+    state: Mapped[str]
+    """serving: gets requests. draining: no new ones; it is kept ready. removed: none, though the settings name it."""
+    changed_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    __table_args__ = (_one_of("state", REPLICA_STATES, "state"),)
 
 
 class Duel(Table):

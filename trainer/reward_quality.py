@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from service.intervals import wilson
 from trainer.models import Roles
 from trainer.preferences import Pair
 from trainer.reward_model import Head, read_features
@@ -112,13 +113,3 @@ def _correlation(one: Tensor, other: Tensor) -> float:
     one, other = (one - one.mean()).double(), (other - other.mean()).double()
     scale = (one.norm() * other.norm()).item()
     return (one @ other).item() / scale if scale > 1e-12 else 0.0
-
-
-def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share. Returns (0, 1) without trials."""
-    if trials == 0:
-        return 0.0, 1.0
-    share = successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return centre - half, centre + half

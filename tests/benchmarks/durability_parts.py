@@ -4,6 +4,7 @@
 Used by `durability.py`, and with fewer parts by `tests/service/test_durability.py`.
 """
 
+import json
 import os
 import random
 import signal
@@ -118,9 +119,11 @@ def fresh_settings(state: Path, model: Path) -> Settings:
     return Settings(state=state, model=str(model), **ports)
 
 
-def _environment(settings: Settings) -> dict[str, str]:
+def environment(settings: Settings) -> dict[str, str]:
+    """What a service of these settings needs in its environment."""
     names = ("state", "model", "port", "engine_port", "database_port")
-    return {f"RATCHET_{name.upper()}": str(getattr(settings, name)) for name in names}
+    urls = {"RATCHET_ENGINE_URLS": json.dumps(settings.engine_urls)} if settings.engine_urls else {}
+    return {f"RATCHET_{name.upper()}": str(getattr(settings, name)) for name in names} | urls
 
 
 @contextmanager
@@ -129,7 +132,7 @@ def running(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Supe
     settings.state.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Supervised] = {}
     try:
-        parts["postgres"] = _start_database(settings)
+        parts["postgres"] = start_database(settings)
         for name in names:
             part = _engine(settings) if name == "engine" else _service(settings)
             parts[name] = Supervised(part, settings.state / f"{name}.log")
@@ -145,10 +148,10 @@ def _engine(settings: Settings) -> Part:
 
 
 def _service(settings: Settings) -> Part:
-    return Part("service", [sys.executable, "-m", "service"], _environment(settings))
+    return Part("service", [sys.executable, "-m", "service"], environment(settings))
 
 
-def _start_database(settings: Settings) -> Supervised:
+def start_database(settings: Settings) -> Supervised:
     """It takes connections, and has all tables with the base as live policy, on return."""
     embedded.prepare(settings)
     part = Part("postgres", embedded.command(settings), stop_signal=signal.SIGINT, folder="/")

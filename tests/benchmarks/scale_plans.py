@@ -124,7 +124,9 @@ class Walk:
             with psycopg.connect(self._conninfo) as connection:  # any verified policy can be on trial
                 connection.execute("UPDATE deployment SET challenger = live")
             self._call("POST", f"/operator/{move}")
-        for path in ("policies", "deployment", "cycles", "duels", "actions"):
+        for state in ("serving", "removed"):
+            self._call("PUT", "/operator/replicas", json={"url": "http://127.0.0.1:9", "state": state})
+        for path in ("policies", "deployment", "cycles", "duels", "ratings", "actions", "replicas"):
             self._call("GET", f"/operator/{path}")
         self._call("GET", f"/operator/cycles/{self._call('POST', '/operator/cycles')['id']}")
         self._call("POST", "/operator/rollback")

@@ -72,7 +72,7 @@ def main() -> None:
     settings = get_settings()
     if len(sys.argv) > 1:
         explain_into(Path(sys.argv[1]))
-    app = create_app(settings, lambda *_: [FakeEngine()])
+    app = create_app(settings, lambda _: lambda url: FakeEngine(url=url))
     app.add_middleware(Named)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     server.run(sockets=[listen(settings)])

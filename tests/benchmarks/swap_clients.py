@@ -35,12 +35,12 @@ class Exchange:
 
 
 @asynccontextmanager
-async def streaming(url: str, model: str) -> AsyncIterator[list[Exchange]]:
-    """Clients that ask for replies all the time; on leaving, those under way are read to their end."""
+async def streaming(url: str, model: str, num: int = NUM_CLIENTS) -> AsyncIterator[list[Exchange]]:
+    """So many clients that ask for replies all the time; on leaving, those under way are read to their end."""
     exchanges: list[Exchange] = []
     stop = asyncio.Event()
     async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=REPLY_SECONDS)) as http:
-        clients = [_Client(model, number, http, exchanges) for number in range(NUM_CLIENTS)]
+        clients = [_Client(model, number, http, exchanges) for number in range(num)]
         tasks = [asyncio.create_task(client.ask_until(stop)) for client in clients]
         try:
             yield exchanges

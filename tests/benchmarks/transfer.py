@@ -232,7 +232,7 @@ def wait_for(port: int) -> None:
 def main() -> None:
     if sys.argv[1:] == ["--serve"]:
         settings = get_settings()
-        app = create_app(settings, lambda *_: [FakeEngine()])
+        app = create_app(settings, lambda _: lambda url: FakeEngine(url=url))
         uvicorn.run(app, port=settings.port, log_level="warning")
         return
     num = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000

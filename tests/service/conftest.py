@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ import httpx
 import psycopg
 import pytest
 import uvicorn
+from click.testing import Result
 from playwright.sync_api import Page, sync_playwright
 from sqlalchemy.orm import Session
+from typer.testing import CliRunner
 
+from service import cli
 from service import database as db
-from service.app import Connect, create_app
+from service.app import ConnectBy, connect_vllm, create_app
 from service.policies import BASE, ensure_base
-from service.settings import Settings
+from service.settings import Settings, get_settings
 from tests.service.fake_engine import FakeEngine
 
 Serve = Callable[..., httpx.Client]
@@ -57,9 +61,11 @@ def serve(prepared: Settings) -> Iterator[Serve]:
 
         def start(*fakes: FakeEngine, url: str = "", ready: bool = True, **changes: object) -> httpx.Client:
             # Without duels a challenger goes live at once: what most tests are about begins there.
-            settings = prepared.model_copy(update={"engine_urls": (url,), "duel_votes": 0, **changes})
-            connect: Connect | None = (lambda *_: list(fakes)) if fakes else None
-            server = stack.enter_context(running(settings, connect))
+            urls = tuple(fake.url for fake in fakes) or (url,)
+            settings = prepared.model_copy(update={"engine_urls": urls, "duel_votes": 0, **changes})
+            known = {fake.url: fake for fake in fakes}
+            connect_by: ConnectBy = (lambda _: partial(_reach, known)) if fakes else connect_vllm
+            server = stack.enter_context(running(settings, connect_by))
             client = stack.enter_context(httpx.Client(base_url=address_of(server), timeout=60))
             if ready:
                 wait_until(lambda: client.get("/readyz").status_code == 200)
@@ -68,11 +74,16 @@ def serve(prepared: Settings) -> Iterator[Serve]:
         yield start
 
 
+def _reach(known: dict[str, FakeEngine], url: str) -> FakeEngine:
+    """The engine at an address; where there is none, one that does not answer."""
+    return known.setdefault(url, FakeEngine(url=url, alive=False))
+
+
 @contextlib.contextmanager
-def running(settings: Settings, connect: Connect | None) -> Iterator[uvicorn.Server]:
+def running(settings: Settings, connect_by: ConnectBy) -> Iterator[uvicorn.Server]:
     """A service in a thread of its own."""
     config = uvicorn.Config(
-        create_app(settings, connect), port=0, log_level="warning", timeout_graceful_shutdown=5
+        create_app(settings, connect_by), port=0, log_level="warning", timeout_graceful_shutdown=5
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -96,6 +107,17 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < deadline, "it did not become true in time"
         time.sleep(0.05)
+
+
+def command_line(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The command `ratchet`, asking this service."""
+    monkeypatch.setenv("RATCHET_PORT", str(client.base_url.port))
+
+    def run(*words: str | Path) -> Result:
+        get_settings.cache_clear()
+        return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+    return run
 
 
 def chunks(response: httpx.Response) -> list[dict[str, Any]]:

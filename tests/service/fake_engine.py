@@ -23,14 +23,22 @@ class FakeEngine:
     model: str | None = None
     """Names itself so, instead of as the policy asked for."""
     breaks_after: int | None = None
-    """Goes away after so many pieces."""
+    """Goes away after so many pieces, each time that it is asked."""
+    fails_with: EngineUnavailable | None = None
+    """How it goes away; unless told, it says that it failed."""
+    hangs: bool = False
+    """Its HTTP answers, and no token comes."""
+    hang_seconds: float = 1.0
+    """For which it is waited, when it is asked for a token to show that it works."""
     pause_seconds: float = 0.0
     """Between pieces."""
     logprobs: dict[str, float] = field(default_factory=dict)
     """What every token of a policy scores."""
     cannot_load: set[str] = field(default_factory=set)
+    load_seconds: float = 0.0
     asked: list[tuple[str, list[Message], Sampling, int]] = field(default_factory=list)
     aborted: int = 0
+    dropped: asyncio.Event = field(default_factory=asyncio.Event)
 
     @asynccontextmanager
     async def generate(
@@ -54,7 +62,10 @@ class FakeEngine:
             replies = (self.says[policy],) if policy in self.says else self.replies
             for number, piece in enumerate(self._plan(replies, self.model or policy, count)):
                 if number == self.breaks_after:
-                    raise EngineUnavailable("The engine went away.")
+                    raise self.fails_with or EngineUnavailable("The engine went away.")
+                if self.hangs:
+                    await self.dropped.wait()
+                    raise EngineGone("The engine stopped answering.")
                 await self._pause(deadline)
                 yield [piece]
             whole = True
@@ -86,11 +97,19 @@ class FakeEngine:
 
     async def complete_one(self, policy: str) -> None:
         self._check_alive()
+        if self.hangs:
+            await asyncio.sleep(self.hang_seconds)
+            raise EngineGone("The engine did not answer.")
+
+    def drop(self) -> None:
+        self.dropped.set()
+        self.dropped = asyncio.Event()
 
     async def load(self, policy: str, path: str) -> None:
         self._check_alive()
         if policy in self.cannot_load:
             raise PolicyRefused("the engine could not load it")
+        await asyncio.sleep(self.load_seconds)
         self.held.add(policy)
 
     async def unload(self, policy: str) -> None:

@@ -37,11 +37,12 @@ FULL: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/conversations"): {"user": "ada"},
     ("PATCH", "/v1/users/me"): {"compares": True},
     ("POST", "/operator/keys"): {"account": "acme"},
+    ("PUT", "/operator/replicas"): {"url": "http://127.0.0.1:8001", "state": "serving", "reason": "r"},
     **{
         ("POST", f"/operator/{call}"): {"reason": "r"} for call in ("cycles", "promote", "reject", "rollback")
     },
 }
-NOT_TEXT = {"role", "type", "choice", "comparison", "expires_at"}
+NOT_TEXT = {"role", "type", "choice", "comparison", "expires_at", "state"}
 """Strings of a few values or of a format: whatever else they hold is refused anyway."""
 
 
@@ -109,7 +110,7 @@ def test_nul_and_half_characters_are_refused_in_every_text(serve: Serve, bad: st
         for field, changed in spoilt(body, bad):
             refused(send(client, method, path, changed), param=field)
             num_texts += 1
-    assert num_texts == 25
+    assert num_texts == 27
     assert engine.asked == []
 
 
@@ -262,6 +263,11 @@ WRONG_ELSEWHERE: list[tuple[str, str, object, str]] = [
     ("POST", "/operator/keys", {"account": "a", "role": "root"}, "role"),
     ("POST", "/operator/keys", {"account": "a", "expires_at": "2001-01-01T00:00:00Z"}, "expires_at"),
     ("POST", "/operator/keys", {"account": "a", "expires_at": "2099-01-01T00:00:00"}, "expires_at"),
+    ("PUT", "/operator/replicas", {"url": "ftp://10.0.0.7", "state": "serving"}, "url"),
+    ("PUT", "/operator/replicas", {"url": "http://me:secret@10.0.0.7", "state": "serving"}, "url"),
+    ("PUT", "/operator/replicas", {"url": "http://10.0.0.7:99999", "state": "serving"}, "url"),
+    ("PUT", "/operator/replicas", {"url": "http://10.0.0.7/?a=b", "state": "serving"}, "url"),
+    ("PUT", "/operator/replicas", {"url": "http://10.0.0.7", "state": "gone"}, "state"),
     ("GET", "/v1/conversations?limit=0", None, "limit"),
     ("GET", "/v1/conversations?limit=101", None, "limit"),
     ("GET", "/v1/demonstrations?limit=x", None, "limit"),

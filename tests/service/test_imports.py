@@ -14,15 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
-from conftest import Rows, Serve
+from conftest import Rows, Serve, command_line
 from sqlalchemy import text
-from typer.testing import CliRunner
 
-from service import cli, exports
 from service import database as db
+from service import exports
 from service.formats import UserRecord
 from service.intake import Users
-from service.settings import Settings, get_settings
+from service.settings import Settings
 from tests.service.fake_engine import FakeEngine
 from tests.service.test_formats import ASKED, BLUE, GREEN
 from tests.service.transfer import KINDS, ODD, download, empty, give_feedback, upload
@@ -427,14 +426,7 @@ def test_nothing_that_a_file_says_is_logged(serve: Serve, caplog: pytest.LogCapt
 @pytest.fixture
 def ratchet(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command, asking a service of its own."""
-    client = serve(FakeEngine(), max_import_bytes=50_000_000)
-    monkeypatch.setenv("RATCHET_PORT", str(client.base_url.port))
-
-    def run(*words: str | Path) -> Result:
-        get_settings.cache_clear()
-        return CliRunner().invoke(cli.app, [str(word) for word in words])
-
-    return run
+    return command_line(serve(FakeEngine(), max_import_bytes=50_000_000), monkeypatch)
 
 
 def test_the_command_line_imports_and_exports(ratchet: Callable[..., Result], tmp_path: Path) -> None:

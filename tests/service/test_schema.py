@@ -25,6 +25,7 @@ from service.tables import (
     Prompt,
     Ranking,
     RemovedFeedback,
+    ReplicaRow,
     Reply,
     Snapshot,
     SnapshotFeedback,
@@ -68,6 +69,7 @@ def add_a_row_of_everything(settings: Settings) -> None:
             id=1, kind="trial", challenger="policy-000001", incumbent="policy-000000", votes_per_user=1
         )
         session.add(duel)
+        session.add(ReplicaRow(url="http://127.0.0.1:8001", state="draining"))
         session.add(OperatorAction(account="acme", action="rollback", subject="policy-000000"))
         session.add(Key(account="acme", role="user", sha256="ef", hint="rk-ab"))
         session.add(Conversation(id="conv-1", user_id=1))

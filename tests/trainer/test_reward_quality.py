@@ -12,12 +12,6 @@ from trainer.preferences import Pair, Source
 from trainer.reward_model import Head
 
 
-def test_wilsons_interval() -> None:
-    low, high = reward_quality.wilson(8, 10)
-    assert (low, high) == (pytest.approx(0.490, abs=1e-3), pytest.approx(0.943, abs=1e-3))
-    assert reward_quality.wilson(0, 0) == (0.0, 1.0)
-
-
 def test_a_model_of_length_alone_by_hand(tmp_path: Path) -> None:
     """Score = length, so the margin of a reply that is one token longer is 1: probability .731."""
     roles = Roles.load(make_model(tmp_path), rank=4)
