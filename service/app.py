@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from service import (
+    activity,
     chat,
     conversations,
     demonstrations,
@@ -28,6 +29,7 @@ from service import (
     lineage,
     metrics,
     operator,
+    overview,
     pages,
     rankings,
     users,
@@ -59,6 +61,8 @@ ROUTERS = (
     conversations.router,
     users.router,
     operator.router,
+    overview.router,
+    activity.router,
     lineage.router,
     exports.router,
     imports.router,

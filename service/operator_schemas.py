@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from service.schemas import Text
+from service.schemas import Name, Text
 
 Role = Literal["user", "labeler", "operator"]
 
@@ -64,6 +64,14 @@ class ActionRequest(BaseModel):
     model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "It answers too curtly."}]})
 
     reason: Annotated[Text, Field(max_length=2000)] | None = Field(None, description="Kept with the action.")
+
+
+class MoveRequest(ActionRequest):
+    """Why the pointer is moved, and to what."""
+
+    policy: Name | None = Field(
+        None, description="The policy that is meant: refused where it would be done to another one by now."
+    )
 
 
 class ActionView(BaseModel):

@@ -124,8 +124,12 @@ class Walk:
             with psycopg.connect(self._conninfo) as connection:  # any verified policy can be on trial
                 connection.execute("UPDATE deployment SET challenger = live")
             self._call("POST", f"/operator/{move}")
-        for path in ("policies", "deployment", "cycles", "duels", "actions"):
+        for path in ("policies", "deployment", "cycles", "duels", "actions", "overview", "samples", "votes"):
             self._call("GET", f"/operator/{path}")
+        self._call("GET", "/operator/votes", params={"commented": "true", "limit": 100})
+        for hours in (24, 168):
+            self._call("GET", "/operator/votes/hours", params={"hours": hours})
+        self._call("GET", f"/operator/duels/{self._call('GET', '/operator/duels')[0]['id']}/course")
         self._call("GET", f"/operator/cycles/{self._call('POST', '/operator/cycles')['id']}")
         self._call("POST", "/operator/rollback")
         key = self._call("POST", "/operator/keys", json={"account": "acme", "role": "user"})
