@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from service import (
+    activity,
     chat,
     conversations,
     demonstrations,
@@ -29,6 +30,7 @@ from service import (
     metrics,
     operator,
     operator_replicas,
+    overview,
     pages,
     rankings,
     users,
@@ -61,6 +63,8 @@ ROUTERS = (
     users.router,
     operator.router,
     operator_replicas.router,
+    overview.router,
+    activity.router,
     lineage.router,
     exports.router,
     imports.router,

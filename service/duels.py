@@ -4,6 +4,7 @@ Used by the referee, who decides, and by the fleet, which shows a duel to whoeve
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from sqlalchemy import func, select, text
@@ -79,10 +80,9 @@ async def end(session: AsyncSession, duel: Duel, outcome: Outcome, reason: str |
     await session.flush()
 
 
-COUNT = text(
-    """
+COUNTED = """
 WITH counted AS (
-    SELECT coalesce(blind.choice, votes.choice) AS choice, first.policy AS first,
+    SELECT votes.id, votes.created_at, coalesce(blind.choice, votes.choice) AS choice, first.policy AS first,
         row_number() OVER (PARTITION BY votes.user_id ORDER BY votes.created_at, votes.id) AS nth
     FROM votes
     JOIN comparisons ON comparisons.id = votes.comparison_id
@@ -96,12 +96,24 @@ WITH counted AS (
     ) AS blind ON true
     WHERE comparisons.duel_id = :duel_id
 )
+"""
+COUNT = text(
+    COUNTED
+    + """
 SELECT
     count(*) FILTER (WHERE choice = CASE WHEN first = :challenger THEN 'first' ELSE 'second' END) AS wins,
     count(*) FILTER (WHERE choice = CASE WHEN first = :challenger THEN 'second' ELSE 'first' END) AS losses,
     count(*) FILTER (WHERE choice IN ('tie', 'neither')) AS ties,
     count(*) FILTER (WHERE choice = 'first') AS chose_first
 FROM counted WHERE nth <= :per_user
+"""
+)
+COURSE = text(
+    COUNTED
+    + """
+SELECT created_at, CASE choice WHEN 'tie' THEN 0 WHEN 'neither' THEN 0
+    WHEN CASE WHEN first = :challenger THEN 'first' ELSE 'second' END THEN 1 ELSE -1 END AS result
+FROM counted WHERE nth <= :per_user ORDER BY created_at, id
 """
 )
 
@@ -127,12 +139,22 @@ class Count:
 
 async def count(session: AsyncSession, duel: Duel) -> Count:
     """The first votes of each user."""
-    row = (
-        await session.execute(
-            COUNT, {"duel_id": duel.id, "challenger": duel.challenger, "per_user": duel.votes_per_user}
-        )
-    ).one()
+    row = (await session.execute(COUNT, _names(duel))).one()
     return Count(Tally(row.wins, row.losses, row.ties), row.chose_first)
+
+
+async def read_course(session: AsyncSession, duel: Duel) -> list[tuple[datetime, Tally]]:
+    """The tally after each vote that counts, in the order that they were given."""
+    wins = losses = ties = 0
+    course = []
+    for row in await session.execute(COURSE, _names(duel)):
+        wins, losses, ties = wins + (row.result > 0), losses + (row.result < 0), ties + (row.result == 0)
+        course.append((row.created_at, Tally(wins, losses, ties)))
+    return course
+
+
+def _names(duel: Duel) -> dict[str, Any]:
+    return {"duel_id": duel.id, "challenger": duel.challenger, "per_user": duel.votes_per_user}
 
 
 GUARDED = text(

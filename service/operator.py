@@ -17,6 +17,7 @@ from service.operator_schemas import (
     CycleView,
     DeploymentView,
     DuelView,
+    MoveRequest,
     PolicyView,
     RatingView,
 )
@@ -42,11 +43,12 @@ async def read_deployment(context: ContextDep) -> DeploymentView:
 
 @router.post("/rollback")
 async def roll_back(
-    identity: OperatorDep, context: ContextDep, body: ActionRequest | None = None
+    identity: OperatorDep, context: ContextDep, body: MoveRequest | None = None
 ) -> DeploymentView:
     """Exchange the live policy and the previous one."""
     async with context.sessions.begin() as session:
         deployment = await policies.roll_back(session)
+        _check_meant(body, deployment.live)
         _check_ready(deployment.live, context)  # raising undoes the exchange
         record(session, identity, "rollback", deployment.live, body.reason if body else None)
     metrics.ROLLBACKS.inc()
@@ -55,11 +57,12 @@ async def roll_back(
 
 @router.post("/promote")
 async def promote(
-    identity: OperatorDep, context: ContextDep, body: ActionRequest | None = None
+    identity: OperatorDep, context: ContextDep, body: MoveRequest | None = None
 ) -> DeploymentView:
     """Let the challenger on trial go live now, whatever the votes say so far."""
     async with context.sessions.begin() as session:
         challenger = await _on_trial(session)
+        _check_meant(body, challenger)
         if (await session.get_one(Policy, challenger)).state != "verified":
             raise Conflict(
                 f"{challenger} is not verified yet. Try again in a moment.", code="policy_not_verified"
@@ -73,11 +76,12 @@ async def promote(
 
 @router.post("/reject")
 async def reject(
-    identity: OperatorDep, context: ContextDep, body: ActionRequest | None = None
+    identity: OperatorDep, context: ContextDep, body: MoveRequest | None = None
 ) -> DeploymentView:
     """End the trial of the challenger; live stays."""
     async with context.sessions.begin() as session:
         challenger = await _on_trial(session)
+        _check_meant(body, challenger)
         deployment = await policies.reject(session, challenger, "An operator rejected it.")
         record(session, identity, "reject", challenger, body.reason if body else None)
     return _moved(deployment, context)
@@ -113,6 +117,16 @@ async def _on_trial(session: AsyncSession) -> str:
     if challenger is None:
         raise Conflict("No policy is on trial.", code="no_challenger")
     return challenger
+
+
+def _check_meant(body: MoveRequest | None, policy: str) -> None:
+    """Raises Conflict where the pointer has moved since the operator looked at it."""
+    if body is not None and body.policy not in (None, policy):
+        raise Conflict(
+            f"By now this would be done to {policy}. Look again, then try again.",
+            param="policy",
+            code="changed_meanwhile",
+        )
 
 
 def _check_ready(policy: str, context: Context) -> None:

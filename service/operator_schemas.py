@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
-from service.schemas import Text
+from service.schemas import Name, Text
 
 Role = Literal["user", "labeler", "operator"]
 
@@ -129,6 +129,14 @@ class ReplicaView(BaseModel):
     )
     refused: dict[str, str] = Field(description="Policies that it could not load or reproduce, and why.")
     running: int = Field(description="Generations under way. A drained one can be stopped at 0.")
+
+
+class MoveRequest(ActionRequest):
+    """Why the pointer is moved, and to what."""
+
+    policy: Name | None = Field(
+        None, description="The policy that is meant: refused where it would be done to another one by now."
+    )
 
 
 class ActionView(BaseModel):

@@ -1,6 +1,7 @@
-"""The page at `/`, what it is made of, and how the service is: health, metrics, status, models."""
+"""The pages at `/` and `/operator`, what they are made of, and how the service is: health, metrics, status, models."""
 
 import asyncio
+from importlib.resources import files
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Response
@@ -17,6 +18,7 @@ from service.schemas import ALIAS, Health, Id, Model, ModelList, Readiness, Stat
 from service.tables import Cycle, Policy
 
 WEB = Path(__file__).parent / "web"
+CHARTS = Path(str(files("chartkick") / "django" / "static" / "chartkick"))
 READY_SECONDS = 10.0
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
@@ -37,9 +39,16 @@ async def index() -> FileResponse:
     return FileResponse(WEB / "index.html", headers=PAGE_HEADERS)
 
 
+@router.get("/operator", include_in_schema=False)
+async def operator_page() -> FileResponse:
+    """The operator's page. It holds nothing secret: what it shows, it asks for with the operator's key."""
+    return FileResponse(WEB / "operator.html", headers=PAGE_HEADERS)
+
+
 def mount_files(app: FastAPI) -> None:
-    """Serve the page's script and style."""
+    """Serve the pages' scripts and styles, and Chart.js, which the operator's page loads."""
     app.mount("/web", StaticFiles(directory=WEB))
+    app.mount("/charts", StaticFiles(directory=CHARTS))
 
 
 @router.get("/healthz")

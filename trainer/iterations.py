@@ -1,8 +1,8 @@
 """What is measured while a policy is trained, whatever the method; when a run should end, and which of its policies is kept.
 
 The held-out judge and the guard set each have a veto, since neither is trained on: the judge says where over-optimisation begins, the
-guard set where the policy forgets. Both are noisy, so that the last policy is kept which neither calls worse. The judge alone ends a run:
-what large steps forget, the smaller ones after them find again.
+guard set where the policy forgets. Both are noisy, so that the last policy is kept which neither calls worse. The judge alone ends
+a run: what large steps forget, the smaller ones after them find again.
 """
 
 import math

@@ -126,8 +126,14 @@ class Walk:
             self._call("POST", f"/operator/{move}")
         for state in ("serving", "removed"):
             self._call("PUT", "/operator/replicas", json={"url": "http://127.0.0.1:9", "state": state})
-        for path in ("policies", "deployment", "cycles", "duels", "ratings", "actions", "replicas"):
+        for path in (
+            "policies", "deployment", "cycles", "duels", "ratings", "actions", "replicas", "overview", "samples", "votes",
+        ):  # fmt: skip
             self._call("GET", f"/operator/{path}")
+        self._call("GET", "/operator/votes", params={"commented": "true", "limit": 100})
+        for hours in (24, 168):
+            self._call("GET", "/operator/votes/hours", params={"hours": hours})
+        self._call("GET", f"/operator/duels/{self._call('GET', '/operator/duels')[0]['id']}/course")
         self._call("GET", f"/operator/cycles/{self._call('POST', '/operator/cycles')['id']}")
         self._call("POST", "/operator/rollback")
         key = self._call("POST", "/operator/keys", json={"account": "acme", "role": "user"})

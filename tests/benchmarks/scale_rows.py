@@ -1,7 +1,8 @@
 """Fills a migrated database with as much as years of use leave, in the shapes that the service writes. Used by `scale.py`.
 
 A tenth of a percent of the users say four percent of everything; ids grow with time, the last rows are of just now. Half of
-the prompts are turns of conversations; two of three replies are in comparisons, of which 15 in 16 have a vote.
+the prompts are turns of conversations; two of three replies are in comparisons, of which 15 in 16 have a vote; the last
+400 comparisons are a duel's.
 """
 
 import random
@@ -42,10 +43,13 @@ STATEMENTS = {
         JOIN question AS q ON q.id = hashint8(i) & 8191 JOIN answer AS a ON a.id = hashint8(-i) & 8191
         LEFT JOIN conversations AS c ON i % 2 = 0 AND c.id = 'conv-' || md5((i / 2 % :conversations + 1)::text)
         ORDER BY i""",
+    "duels": """
+        INSERT INTO duels (kind, challenger, incumbent, votes_per_user, outcome, created_at, ended_at)
+        SELECT 'trial', 'policy-' || lpad(:policies::text, 6, '0'), 'policy-000000', 1, 'better', now(), now()""",
     "comparisons": """
-        INSERT INTO comparisons (id, prompt_id, user_id, reason, propensity, created_at)
+        INSERT INTO comparisons (id, prompt_id, user_id, reason, propensity, duel_id, created_at)
         SELECT 'cmp-' || md5(number::text), id, user_id, CASE WHEN number % 10 = 0 THEN 'evaluation' ELSE 'auto' END,
-            0.27, created_at
+            0.27, CASE WHEN number > :comparisons - 400 THEN (SELECT id FROM duels) END, created_at
         FROM (SELECT *, id * :comparisons / :prompts AS number FROM prompts) AS p
         WHERE number > (id - 1) * :comparisons / :prompts ORDER BY id""",
     "replies": """

@@ -38,8 +38,10 @@ FULL: dict[tuple[str, str], dict[str, Any]] = {
     ("PATCH", "/v1/users/me"): {"compares": True},
     ("POST", "/operator/keys"): {"account": "acme"},
     ("PUT", "/operator/replicas"): {"url": "http://127.0.0.1:8001", "state": "serving", "reason": "r"},
+    ("POST", "/operator/cycles"): {"reason": "r"},
     **{
-        ("POST", f"/operator/{call}"): {"reason": "r"} for call in ("cycles", "promote", "reject", "rollback")
+        ("POST", f"/operator/{call}"): {"reason": "r", "policy": "p"}
+        for call in ("promote", "reject", "rollback")
     },
 }
 NOT_TEXT = {"role", "type", "choice", "comparison", "expires_at", "state"}
@@ -110,7 +112,7 @@ def test_nul_and_half_characters_are_refused_in_every_text(serve: Serve, bad: st
         for field, changed in spoilt(body, bad):
             refused(send(client, method, path, changed), param=field)
             num_texts += 1
-    assert num_texts == 27
+    assert num_texts == 30
     assert engine.asked == []
 
 
@@ -259,6 +261,11 @@ WRONG_ELSEWHERE: list[tuple[str, str, object, str]] = [
     ("POST", "/v1/demonstrations", {**ask(), "content": "x" * 100_001}, "content"),
     ("PATCH", "/v1/users/me", {"compares": "no"}, "compares"),
     ("PATCH", "/v1/users/me", {"compares": 0}, "compares"),
+    ("POST", "/operator/promote", {"policy": ""}, "policy"),
+    ("GET", "/operator/votes?limit=0", None, "limit"),
+    ("GET", "/operator/votes?commented=perhaps", None, "commented"),
+    ("GET", "/operator/votes/hours?hours=169", None, "hours"),
+    ("GET", "/operator/duels/0/course", None, "duel_id"),
     ("POST", "/operator/keys", {"account": "../etc"}, "account"),
     ("POST", "/operator/keys", {"account": "a", "role": "root"}, "role"),
     ("POST", "/operator/keys", {"account": "a", "expires_at": "2001-01-01T00:00:00Z"}, "expires_at"),
