@@ -80,14 +80,18 @@ async def end(session: AsyncSession, duel: Duel, outcome: Outcome, reason: str |
     await session.flush()
 
 
+# The subqueries keep the planner from reading all votes for those of one duel.
 COUNTED = """
 WITH counted AS (
     SELECT votes.id, votes.created_at, coalesce(blind.choice, votes.choice) AS choice, first.policy AS first,
         row_number() OVER (PARTITION BY votes.user_id ORDER BY votes.created_at, votes.id) AS nth
-    FROM votes
-    JOIN comparisons ON comparisons.id = votes.comparison_id
-    JOIN comparison_replies AS shown ON shown.comparison_id = comparisons.id AND shown.position = 0
-    JOIN replies AS first ON first.id = shown.reply_id
+    FROM comparisons
+    CROSS JOIN LATERAL (SELECT * FROM votes WHERE comparison_id = comparisons.id OFFSET 0) AS votes
+    CROSS JOIN LATERAL (
+        SELECT policy FROM replies WHERE id = (
+            SELECT reply_id FROM comparison_replies WHERE comparison_id = comparisons.id AND position = 0
+        ) LIMIT 1
+    ) AS first
     LEFT JOIN LATERAL (
         SELECT content->>'choice' AS choice FROM feedback_events AS event
         WHERE event.comparison_id = votes.comparison_id AND event.user_id = votes.user_id

@@ -23,7 +23,7 @@ function options({ x = {}, y = {}, stacked = false, legend = true }) {
     ticks: { color: colour("quiet"), maxRotation: 0, autoSkipPadding: 12, ...given.ticks },
     title: { display: Boolean(given.title), text: given.title, color: colour("quiet") },
   });
-  const labels = { color: colour("front"), boxWidth: 12, boxHeight: 12, filter: (item) => !item.text.startsWith("_") };
+  const labels = { color: colour("front"), usePointStyle: true, boxHeight: 7, pointStyleWidth: 16, filter: (item) => !item.text.startsWith("_") };
   return {
     scales: { x: axis(x), y: axis(y) },
     plugins: {
@@ -70,7 +70,7 @@ const whiskers = (points, name) => ({
 });
 const level = (label, xs, y) => ({
   type: "line", label, data: xs.map((x) => ({ x, y })), borderColor: colour("quiet"), backgroundColor: colour("quiet"),
-  borderWidth: 1, borderDash: [5, 4], pointRadius: 0,
+  borderWidth: 1, borderDash: [5, 4], pointRadius: 0, pointStyle: "line",
 });
 const hourTicks = { type: "time", time: { tooltipFormat: "MMM d, HH:mm", displayFormats: { hour: "HH:mm", minute: "HH:mm", day: "MMM d" } } };
 
@@ -125,7 +125,7 @@ export function drawCourse(course) {
         data: {
           datasets: [
             line("won so far", "accent", points.map((point) => ({ x: point.at, y: rate(point) })), { pointRadius: 0 }),
-            line("interval", "one-faint", points.map((point) => ({ x: point.at, y: point.high })), { pointRadius: 0, borderWidth: 1, fill: "+1" }),
+            line("interval", "one-faint", points.map((point) => ({ x: point.at, y: point.high })), { pointRadius: 0, borderWidth: 1, fill: "+1", backgroundColor: colour("one-fill") }),
             line("_low", "one-faint", points.map((point) => ({ x: point.at, y: point.low })), { pointRadius: 0, borderWidth: 1 }),
             level("one half", [xs[0], xs.at(-1)], 0.5),
           ],
@@ -155,7 +155,7 @@ export function drawVotes({ hours, first_low: low, first_high: high }) {
         type: "bar",
         data: {
           datasets: KINDS.map(([kind, name]) => ({
-            label: kind, data: hours.map((hour) => ({ x: hour.hour, y: hour[kind] })), backgroundColor: colour(name), maxBarThickness: 28,
+            label: kind, data: hours.map((hour) => ({ x: hour.hour, y: hour[kind] })), backgroundColor: colour(name), maxBarThickness: 28, pointStyle: "rect",
           })),
         },
         options: options({ x: { ...hourTicks, offset: true }, y: { beginAtZero: true, ticks: { precision: 0 }, title: "votes" }, stacked: true }),
@@ -282,7 +282,7 @@ export function drawReward(cycle) {
           ],
         },
         options: options({
-          x: { type: "linear", min: 0, title: "KL to the anchor, nats a reply" }, y: { title: "standard deviations over the anchor" },
+          x: { type: "linear", min: 0, title: "KL to the anchor, nats a reply" }, y: { title: "score, standard deviations" },
         }),
       }),
     };

@@ -69,7 +69,7 @@ function showRunning({ cycles, new_votes: fresh, cycle_votes: most }) {
         (cycle.policy ? `, ${cycle.policy}.` : ".")),
       late ? make("p", { class: "trouble" }, "No trainer has taken it up yet. Is one running?") : null,
       make("ol", { class: "stages" }, ...steps),
-      progress?.total ? bar(`${words(progress.stage)}: ${progress.done} of ${progress.total}`, progress.done, progress.total) : null,
+      progress?.total && progress.stage === cycle.stage ? bar(`${words(progress.stage)}: ${progress.done} of ${progress.total}`, progress.done, progress.total) : null,
     ].filter((part) => part !== null);
   });
 }

@@ -101,7 +101,8 @@ def test_a_key_is_said_to_be_needed_where_it_is(document: dict[str, Any]) -> Non
 @pytest.mark.database
 def test_every_example_of_a_request_is_taken(serve: Serve, rows: Rows, document: dict[str, Any]) -> None:
     """Each example is sent to each call that takes it, on a comparison of as many replies as it names."""
-    client = serve(FakeEngine(replies=("one two", "three four", "five six", "seven eight")))
+    engine = FakeEngine(replies=("one two", "three four", "five six", "seven eight"))
+    client = serve(engine, duel_votes=100)  # without duels what is on trial would go live by itself
     compared = client.post("/v1/chat/completions", json=ask(comparison="always")).json()
     ranked = client.post("/v1/comparisons", json={**ask(), "count": 4}).json()
     places = {"vote": compared["id"], "ranking": ranked["id"]}
