@@ -30,6 +30,8 @@ from service import (
     operator,
     pages,
     rankings,
+    scrape,
+    tracing,
     users,
     votes,
 )
@@ -64,6 +66,7 @@ ROUTERS = (
     imports.router,
     keys.router,
     pages.router,
+    scrape.router,
 )
 ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "What to change.", "content": ERROR_CONTENT},
@@ -121,6 +124,9 @@ def connect_vllm(settings: Settings, session: aiohttp.ClientSession) -> list[Eng
 
 async def _start(stack: AsyncExitStack, settings: Settings, connect: Connect) -> Context:
     """Open what the service needs; `stack` closes it in the opposite order."""
+    stack.push_async_callback(
+        asyncio.to_thread, tracing.stop, tracing.start(settings.otlp_endpoint, "ratchet")
+    )
     database: AsyncEngine = async_engine(settings)
     stack.push_async_callback(database.dispose)
     session = await stack.enter_async_context(aiohttp.ClientSession(connector=engine_connector()))
@@ -154,7 +160,8 @@ async def handle_error(request: Request, error: Exception) -> JSONResponse:
     shaped, status, headers = _shaped(error)
     if status == HTTPStatus.METHOD_NOT_ALLOWED and (methods := _methods(request)):
         headers["allow"] = ", ".join(sorted(methods))
-    metrics.ERRORS.labels(status).inc()
+    if request.method == "PUT" and request.url.path.endswith("/vote"):
+        metrics.VOTES_REFUSED.labels(shaped.code or "invalid").inc()
     return JSONResponse(shaped.body(), status, headers)
 
 

@@ -134,7 +134,7 @@ class Fleet:
         known = self._deployment
         if known is None or deployment.changed_at >= known.changed_at:
             self._deployment = deployment
-            metrics.show_live(deployment.live)
+            metrics.show_policies(deployment)
 
     def route(self, policy: str) -> Replica:
         """The least busy healthy replica that has verified the policy. Raises EngineUnavailable."""
