@@ -81,6 +81,7 @@ lock: ## renew the pinned versions in requirements/ and of tests/clients/node (n
 	$(LOCK_CPU) --output-file requirements/cpu.txt
 	$(LOCK_CPU) --extra test --output-file requirements/test.txt --constraints requirements/cpu.txt
 	$(LOCK) pyproject.toml --extra gpu --output-file requirements/gpu.txt
+	$(LOCK) requirements/service.in --output-file requirements/service.txt --constraints requirements/cpu.txt
 	$(LOCK) requirements/peers.in --output-file requirements/peers.txt
 	$(LOCK) requirements/trl.in requirements/needs.in --overrides requirements/overrides.txt --output-file requirements/trl.txt
 	cd tests/clients/node && npm update --package-lock-only

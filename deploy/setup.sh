@@ -92,10 +92,33 @@ find_curl() {
         fail "The tests need curl, and it cannot be fetched here: install curl, then make test. See $log."
 }
 
-# install_package NAME: from the distribution, where we may.
+# Docker Compose reads docker-compose.yml for the tests; it needs no daemon for that.
+find_compose() {
+    docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null ||
+        install_package docker-compose --no-install-recommends ||
+        fail "The tests need Docker Compose, and it cannot be fetched here: install it (docker-compose), then make test. See $log."
+}
+
+# promtool checks the alerts: the machine's own, else taken out of the distribution's package. Installing that would start a server.
+find_promtool() {
+    command -v promtool >/dev/null || [ -x "$venv/bin/promtool" ] || unpack_promtool >>"$log" 2>&1 ||
+        fail "The tests need promtool, and it cannot be fetched here: install prometheus, then make test. See $log."
+}
+
+unpack_promtool() {
+    folder=$(mktemp -d)
+    [ "$(id -u)" != 0 ] || apt-get update
+    (cd "$folder" && apt-get download prometheus && dpkg-deb -x prometheus_*.deb .) &&
+        mv "$folder/usr/bin/promtool" "$venv/bin/promtool"
+    status=$?
+    rm -rf "$folder"
+    return $status
+}
+
+# install_package NAME [OPTION]: from the distribution, where we may.
 install_package() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null &&
-        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "$1"; } >>"$log" 2>&1
+        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "$@"; } >>"$log" 2>&1
 }
 
 make_venv() {
@@ -146,7 +169,7 @@ if [ ! -e "$stamp" ]; then
     case $kind in
     peers) install_peers ;;
     trl) install_trl ;;
-    test) install_ratchet && find_browser && find_curl ;;
+    test) install_ratchet && find_browser && find_curl && find_promtool && find_compose ;;
     *) install_ratchet ;;
     esac
     touch "$stamp"

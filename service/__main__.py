@@ -1,7 +1,6 @@
 """`python -m service`: checks what it needs, then serves. A wrong setting ends it with one line, status 1."""
 
 import gc
-import logging
 import math
 import socket
 import sys
@@ -10,6 +9,7 @@ import uvicorn
 from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from service import logs
 from service.app import create_app
 from service.auth import is_loopback
 from service.database import check_connection, sync_engine
@@ -20,9 +20,9 @@ from service.tables import Key
 
 def main() -> int:
     """Serve until told to stop. Returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = get_settings()
+        logs.start(settings.log_format)
         check_connection(settings)
         check_prepared(settings)
         check_exposure(settings)
@@ -35,6 +35,7 @@ def main() -> int:
     gc.freeze()  # what is there now stays: later collections need not look through it, which took 70 ms each
     config = uvicorn.Config(
         app,
+        log_config=None,  # its loggers do as ours
         log_level="info",
         access_log=False,
         timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds),
@@ -55,7 +56,9 @@ def check_prepared(settings: Settings) -> None:
     finally:
         engine.dispose()
     if not prepared:
-        raise SettingsError("DATABASE_URL: the database is not prepared; `ratchet up` does that.")
+        raise SettingsError(
+            "DATABASE_URL: the database is not prepared; `ratchet up` does that, or `ratchet prepare`."
+        )
 
 
 def check_exposure(settings: Settings) -> None:
@@ -72,7 +75,7 @@ def check_exposure(settings: Settings) -> None:
     if known is None:
         raise SettingsError(
             f"RATCHET_HOST: {settings.host} can be reached by others, and there is no operator's key. "
-            "Make one first: `ratchet key create --account NAME --role operator`."
+            "Make one first: `ratchet key create --account NAME --role operator`, or `ratchet prepare` with RATCHET_KEY."
         )
 
 

@@ -33,6 +33,8 @@ from service import (
     overview,
     pages,
     rankings,
+    scrape,
+    tracing,
     users,
     votes,
 )
@@ -70,6 +72,7 @@ ROUTERS = (
     imports.router,
     keys.router,
     pages.router,
+    scrape.router,
 )
 ERROR_ANSWERS: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "What to change.", "content": ERROR_CONTENT},
@@ -126,6 +129,9 @@ def create_app(settings: Settings, connect_by: ConnectBy = connect_vllm) -> Fast
 
 async def _start(stack: AsyncExitStack, settings: Settings, connect_by: ConnectBy) -> Context:
     """Open what the service needs; `stack` closes it in the opposite order."""
+    stack.push_async_callback(
+        asyncio.to_thread, tracing.stop, tracing.start(settings.otlp_endpoint, "ratchet")
+    )
     database: AsyncEngine = async_engine(settings)
     stack.push_async_callback(database.dispose)
     session = await stack.enter_async_context(aiohttp.ClientSession(connector=engine_connector()))
@@ -159,7 +165,8 @@ async def handle_error(request: Request, error: Exception) -> JSONResponse:
     shaped, status, headers = _shaped(error)
     if status == HTTPStatus.METHOD_NOT_ALLOWED and (methods := _methods(request)):
         headers["allow"] = ", ".join(sorted(methods))
-    metrics.ERRORS.labels(status).inc()
+    if request.method == "PUT" and request.url.path.endswith("/vote"):
+        metrics.VOTES_REFUSED.labels(shaped.code or "invalid").inc()
     return JSONResponse(shaped.body(), status, headers)
 
 

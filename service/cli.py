@@ -1,6 +1,7 @@
 """The command line: `ratchet up`, and an operator's commands, thin calls to a running service's HTTP API."""
 
 import json
+import os
 import shutil
 import sys
 import urllib.error
@@ -16,7 +17,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from service import base_model, preparation
+from service.engine_process import engine_command, engine_environment
 from service.errors import SettingsError
+from service.processes import PartEnded
 from service.settings import Settings, get_settings
 from service.up import STATUS_SETTINGS, address
 from service.up import up as run_everything
@@ -42,6 +46,26 @@ app.add_typer(key_app, name="key")
 def up() -> None:
     """Start everything on this machine and run until Ctrl-C."""
     raise typer.Exit(run_everything(_settings()))
+
+
+@app.command()
+def prepare() -> None:
+    """Make what the parts need where each runs by itself: the model, all tables, and RATCHET_KEY as an operator's key."""
+    try:
+        preparation.prepare(_settings())
+    except (SettingsError, PartEnded) as error:
+        _fail(error.message, STATUS_SETTINGS)
+
+
+@app.command()
+def engine() -> None:
+    """Run one engine by itself, on RATCHET_ENGINE_HOST and RATCHET_ENGINE_PORT."""
+    settings = _settings()
+    try:
+        command = engine_command(settings, base_model.folder_of(settings), settings.engine_host)
+    except SettingsError as error:
+        _fail(error.message, STATUS_SETTINGS)
+    os.execve(command[0], command, os.environ | engine_environment())
 
 
 @app.command()

@@ -1,13 +1,17 @@
-"""What every request passes before it reaches a route: an id, a size, a rate by address, a deadline. Plain ASGI."""
+"""What every request passes before it reaches a route: an id, a size, a rate by address, a deadline. Plain ASGI.
+
+And what is told of it when it has ended: a count, in JSON logs a line, with tracing a span.
+"""
 
 import asyncio
-import secrets
+import time
 from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs, metrics, tracing
 from service.auth import is_loopback
 from service.context import Context
 from service.errors import DeadlineExceeded, RatchetError, TooLarge
@@ -18,6 +22,8 @@ UNHURRIED = ("/operator/export", "/operator/import")
 OWN_DEADLINE = ("/v1/chat/completions", "/v1/comparisons")
 """Those that generate keep to a deadline of their own; beneath them, votes do not: see `_has_deadline`."""
 REQUEST_ID = b"x-request-id"
+NOT_ROUTED = "none"
+"""The route of paths that there are not (and of the page's files), so that nobody can make up labels."""
 
 
 class Edge:
@@ -31,24 +37,30 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = False
+        request = logs.begin_request()
+        status = 0
+        began = time.monotonic()
 
         async def identified(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [
-                    *message["headers"],
-                    (REQUEST_ID, b"req-" + secrets.token_hex(8).encode()),
-                ]
+                status = message["status"]
+                message["headers"] = [*message["headers"], (REQUEST_ID, request.id.encode())]
             await send(message)
 
-        try:
-            await self._pass_on(scope, receive, identified)
-        except RatchetError as error:
-            if not started:
-                response = await self._answer(Request(scope), error)
-                await response(scope, receive, identified)
+        with tracing.serving(scope, request) as span:
+            try:
+                await self._pass_on(scope, receive, identified)
+            except RatchetError as error:
+                if not status:
+                    response = await self._answer(Request(scope), error)
+                    await response(scope, receive, identified)
+            finally:
+                status = status or 500  # nothing was answered: whoever is around us does
+                route = getattr(scope.get("route"), "path", NOT_ROUTED)
+                metrics.REQUESTS.labels(route, status).inc()
+                logs.log_request(scope["method"], route, status, time.monotonic() - began)
+                tracing.end_serving(span, scope["method"], route, status)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         context: Context = scope["app"].state.context

@@ -125,6 +125,9 @@ class Engine(Protocol):
     def drop(self) -> None:
         """End every generation under way with EngineGone: the replica gives no tokens any more, although it keeps its connections."""
 
+    async def metrics(self) -> str:
+        """Its own metrics, in Prometheus' text format."""
+
 
 def engine_connector() -> aiohttp.TCPConnector:
     """Connections to engines: as many as there are requests, kept for the next ones."""
@@ -229,6 +232,12 @@ class VllmEngine:
         }
         answer = await self._call("POST", "/v1/completions", body, TOKEN_SECONDS)
         return float(answer["choices"][0]["logprobs"]["token_logprobs"][0])
+
+    async def metrics(self) -> str:
+        status, answer = await self._send("GET", "/metrics", None, CONTROL_SECONDS)
+        if status != HTTPStatus.OK:
+            raise EngineUnavailable(f"The engine answered {status} to /metrics.")
+        return answer
 
     async def _call(
         self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = CONTROL_SECONDS

@@ -1,6 +1,7 @@
-"""How one vLLM is started on this machine: its command and environment. Used by `ratchet up` and the tests.
+"""How one vLLM is started on this machine: its command and environment. Used by `ratchet up`, `ratchet engine` and the tests.
 
-The CPU build where no GPU build is installed. The engine listens on loopback only: it has no access control.
+The CPU build where no GPU build is installed. The engine listens on loopback only, as it has no access control; in a container
+(`ratchet engine`), on a network that the service alone shares with it.
 """
 
 import sys
@@ -31,12 +32,12 @@ def has_gpu_build() -> bool:
     return True
 
 
-def engine_command(settings: Settings, model: Path) -> list[str]:
+def engine_command(settings: Settings, model: Path, host: str = "127.0.0.1") -> list[str]:
     """The command of an engine that serves the folder `model` as `policy-000000` and takes adapters."""
     options = {
         "--model": str(model),
         "--served-model-name": BASE,
-        "--host": "127.0.0.1",
+        "--host": host,
         "--port": str(settings.engine_port),
         "--dtype": "bfloat16",
         "--max-model-len": str(settings.max_model_tokens or "auto"),

@@ -14,6 +14,7 @@ from service.settings import Settings
 from service.tables import Comparison, ComparisonReply, FeedbackEvent, Ranking, Reply, User, Vote
 
 Kind = Literal["vote", "ranking"]
+Change = Literal["given", "revised"]
 
 
 async def shown_to(session: AsyncSession, comparison_id: str, user: UserName) -> int:
@@ -63,8 +64,8 @@ async def store(
     user_id: int,
     content: dict[str, Any],
     settings: Settings,
-) -> Any:
-    """Insert or revise, with a line of history; the same again changes nothing. Raises Conflict where it is final."""
+) -> tuple[Any, Change | None]:
+    """Insert or revise, with a line of history; the same again changes nothing (None). Raises Conflict where it is final."""
     made = await session.scalar(
         insert(table)
         .values(comparison_id=comparison_id, user_id=user_id, **content)
@@ -73,19 +74,20 @@ async def store(
     )
     if made is not None:
         _note(session, made, "given", content)
-        return made
+        return made, "given"
     row = await _locked(session, table, comparison_id, user_id)
     if row is None:  # taken back at this very moment
         raise Conflict("It was taken back meanwhile. Try again.", code="changed_meanwhile")
-    if any(getattr(row, name) != value for name, value in content.items()):
-        _check_not_final(row, settings)
-        for name, value in content.items():
-            setattr(row, name, value)
-        row.updated_at = func.now()
-        _note(session, row, "revised", content)
-        await session.flush()
-        await session.refresh(row)
-    return row
+    if all(getattr(row, name) == value for name, value in content.items()):
+        return row, None
+    _check_not_final(row, settings)
+    for name, value in content.items():
+        setattr(row, name, value)
+    row.updated_at = func.now()
+    _note(session, row, "revised", content)
+    await session.flush()
+    await session.refresh(row)
+    return row, "revised"
 
 
 async def take_back(

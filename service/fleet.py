@@ -203,7 +203,7 @@ class Fleet:
         known = self._deployment
         if known is None or deployment.changed_at >= known.changed_at:
             self._deployment = deployment
-            metrics.show_live(deployment.live)
+            metrics.show_policies(deployment)
 
     def route(self, policy: str, tried: Collection[Replica] = ()) -> Replica:
         """The least busy one that can get requests, has verified the policy, and was not tried yet. Raises EngineUnavailable."""

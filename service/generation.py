@@ -13,7 +13,7 @@ from random import SystemRandom
 from types import TracebackType
 from typing import NamedTuple
 
-from service import metrics
+from service import logs, metrics, tracing
 from service.context import Context
 from service.engine import Message, Piece, Sampling
 from service.errors import DeadlineExceeded, MixedPolicy
@@ -91,6 +91,7 @@ async def generating(context: Context, asked: Asked) -> AsyncIterator["Generatio
     Leaving ends it all. Raises BadRequest where the engine cannot take it, EngineUnavailable where no replica can,
     TooManyRequests and Overloaded where there is no place for it.
     """
+    logs.note_policies(asked.policies)
     async with AsyncExitStack() as stack:
         stack.enter_context(metrics.RUNNING.track_inprogress())
         generation = await stack.enter_async_context(Generation(context, asked))
@@ -112,6 +113,8 @@ class Generation:
         self._pieces: AsyncIterator[list[Piece]]
         self._started = time.monotonic()
         self._parts: list[Part] = []
+        self._engine_seconds = 0.0
+        """Spent waiting for engines: until the first token of a stream, or for the whole."""
         self._begun = False
         """Whether the rows are there."""
         self._beginning: asyncio.Task[None] | None = None
@@ -127,7 +130,8 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Store what there is of replies that did not end; also when the client went away."""
-        metrics.REPLY_SECONDS.observe(time.monotonic() - self._started)
+        seconds = time.monotonic() - self._started
+        metrics.REPLY_SECONDS.observe(seconds)
         reason = "error" if isinstance(error, Exception) else "abort"
         if self._beginning is not None:  # its rows may be on their way, and must not be stored twice
             await asyncio.shield(asyncio.wait({self._beginning}))
@@ -136,6 +140,32 @@ class Generation:
             await asyncio.shield(asyncio.gather(*(self._end(voice, reason) for voice in open_voices)))
         elif any(part.taken for part in self._parts):
             await asyncio.shield(self._begin_whole(reason))
+        if tracing.is_on():
+            self._trace(seconds, error)
+
+    def _trace(self, seconds: float, error: BaseException | None) -> None:
+        """A span, by OpenTelemetry's conventions for generative AI (attributes of one inference, client side)."""
+        asked, voices = self.asked, self.voices
+        policies = list(dict.fromkeys(asked.policies))
+        attributes = {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name": "vllm",
+            "gen_ai.request.model": policies[0],
+            "gen_ai.request.choice.count": asked.count if asked.count > 1 else None,
+            "gen_ai.conversation.id": asked.conversation,
+            "gen_ai.request.max_tokens": asked.sampling.max_tokens,
+            "gen_ai.request.temperature": asked.sampling.temperature,
+            "gen_ai.request.top_p": asked.sampling.top_p,
+            "gen_ai.request.seed": asked.sampling.seed,
+            "gen_ai.response.id": self.stored.id,
+            "gen_ai.response.model": policies[0],
+            "gen_ai.response.finish_reasons": [voice.finish_reason or "error" for voice in voices],
+            "gen_ai.usage.input_tokens": max(voice.prompt_tokens for voice in voices),
+            "gen_ai.usage.output_tokens": sum(voice.completion_tokens for voice in voices),
+            "ratchet.policies": policies,
+            "ratchet.comparison.id": self.stored.comparison_id,
+        }
+        tracing.record_chat(f"chat {policies[0]}", seconds, attributes, error)
 
     async def begin(self, stack: AsyncExitStack) -> None:
         """Open the engine's stream (closed with `stack`), and meanwhile, where the answer streams, commit its rows."""
@@ -212,7 +242,11 @@ class Generation:
         )
         part = Part(self._context.fleet, question)
         self._parts.append(part)
-        return await stack.enter_async_context(part)
+        asked_at = time.monotonic()
+        try:
+            return await stack.enter_async_context(part)
+        finally:
+            self._engine_seconds += time.monotonic() - asked_at
 
     @property
     def _streams(self) -> bool:
@@ -225,10 +259,11 @@ class Generation:
         Raises EngineUnavailable, DeadlineExceeded, MixedPolicy.
         """
         first = True
+        waits_since = time.monotonic()
         async for pieces in self._pieces:
             if first:
                 first = False
-                metrics.FIRST_TOKEN_SECONDS.observe(time.monotonic() - self._started)
+                self._note_first_token(waits_since)
             shown = [self._place(piece) for piece in pieces]
             # Half a character has no text yet, but its token has a log-probability.
             shown = [part for part in shown if part.text or part.finish_reason or part.logprobs]
@@ -241,6 +276,13 @@ class Generation:
                 )
                 yield ending
 
+    def _note_first_token(self, waits_since: float) -> None:
+        if self.asked.stream:
+            now = time.monotonic()
+            self._engine_seconds += now - waits_since
+            metrics.FIRST_TOKEN_SECONDS.observe(now - self._started)
+            metrics.ADDED_SECONDS.observe(now - self._started - self._engine_seconds)
+
     def _place(self, piece: Piece) -> Shown:
         if piece.model != self.asked.policies[piece.reply]:
             metrics.MIXED_POLICY.inc()
@@ -251,10 +293,14 @@ class Generation:
 
     async def finish(self) -> None:
         """Wait until every reply has ended, and store them. For an answer in one piece."""
+        waits_since = time.monotonic()
         async for _ in self.shown():
             pass
+        self._engine_seconds += time.monotonic() - waits_since
         if not self._begun:
             await self._begin_whole("error")
+        if not self.asked.stream:
+            metrics.ADDED_SECONDS.observe(time.monotonic() - self._started - self._engine_seconds)
 
     async def _end(self, voice: Voice, finish_reason: str) -> None:
         """Commit how a reply ended, where its row is there already; else it is stored whole."""

@@ -93,7 +93,11 @@ def new_key(account: str, role: str, expires_at: datetime | None = None) -> tupl
     if expires_at is not None and expires_at <= datetime.now(UTC):
         raise ValueError("expires_at lies in the past")
     key = PREFIX + secrets.token_urlsafe(32)
-    row = Key(
+    return key, key_row(key, account, role, expires_at)
+
+
+def key_row(key: str, account: str, role: str, expires_at: datetime | None = None) -> Key:
+    """What is stored of a key that somebody already has."""
+    return Key(
         account=account, role=role, sha256=hash_key(key), hint=key[:HINT_CHARACTERS], expires_at=expires_at
     )
-    return key, row

@@ -1,17 +1,16 @@
-"""The pages at `/` and `/operator`, what they are made of, and how the service is: health, metrics, status, models."""
+"""The pages at `/` and `/operator`, what they are made of, and how the service is: health, status, models."""
 
 import asyncio
 from importlib.resources import files
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI, Response
-from fastapi.responses import FileResponse, PlainTextResponse
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import func, select
 
 from service import policies
-from service.auth import KNOWN_CALLER, OPERATOR_ONLY
+from service.auth import KNOWN_CALLER
 from service.context import ContextDep
 from service.errors import EngineUnavailable, NotFound
 from service.schemas import ALIAS, Health, Id, Model, ModelList, Readiness, Status
@@ -69,12 +68,6 @@ async def readyz(context: ContextDep) -> Readiness:
     except TimeoutError:
         raise EngineUnavailable(f"The engine gave no token within {READY_SECONDS:g} s.") from None
     return Readiness(live=live)
-
-
-@router.get("/metrics", response_class=PlainTextResponse, dependencies=[OPERATOR_ONLY])
-async def metrics_text() -> Response:
-    """Metrics for Prometheus. For the operator: they count by policy, which would tell a voter who answered."""
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/v1/models", dependencies=[KNOWN_CALLER])

@@ -98,7 +98,7 @@ async def give_ranking(
             )
         feedback.check_worth_it(replies)
         content = {"ranks": dense(body.ranks), "comment": body.comment, "tags": body.tags}
-        ranking = await feedback.store(session, Ranking, comparison_id, user_id, content, context.settings)
+        ranking, _ = await feedback.store(session, Ranking, comparison_id, user_id, content, context.settings)
         answer = _answer(ranking, replies, context)
         call.remember(answer)
     return answer

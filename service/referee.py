@@ -69,7 +69,6 @@ class Referee:
         now = counted.as_dict() | asdict(verdict) | {"guards": guards}
         if duel.metrics != now:
             duel.metrics = now
-        metrics.show_duel(duel.kind, counted.tally.wins, counted.tally.losses, counted.tally.ties)
         outcome: Outcome | None = verdict.outcome
         reason = _votes_reason(duel, counted.tally, outcome)
         if fault := _find_fault(guards, settings.duel_error):

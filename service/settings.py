@@ -1,4 +1,4 @@
-"""Every setting of Ratchet, in one place. Read from the environment (`RATCHET_...`, and `DATABASE_URL`).
+"""Every setting of Ratchet, in one place. Read from the environment (`RATCHET_...`, `DATABASE_URL`), or from files with secrets.
 
 Used by the service, the trainer, migrations and the command line; nobody else reads the environment.
 """
@@ -12,6 +12,11 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import SettingsError
+
+SECRETS = Path("/run/secrets")
+"""Where containers are given secrets: a file named as a setting (`database_url`, `ratchet_key`) is its value."""
+ALIASES = ("DATABASE_URL", "OTEL_EXPORTER_OTLP_ENDPOINT")
+"""Settings whose names others have given."""
 
 
 class Settings(BaseSettings):
@@ -33,13 +38,21 @@ class Settings(BaseSettings):
     database_port: int = Field(8432, ge=1, le=65535)
     """Port of the embedded PostgreSQL, on loopback. Unused where `DATABASE_URL` is set."""
 
+    # --- what is told of it
+    log_format: Literal["text", "json"] = "text"
+    """`text` for people, or `json`: one object a line, and a line for each request. Neither holds a message."""
+    otlp_endpoint: str | None = Field(None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT")
+    """Collector that takes traces by OTLP over HTTP, like `http://collector:4318`; unset: none are made."""
+
     # --- the engine
     model: str = "starter"
     """`starter` (made on this machine), or a Hugging Face id or folder: a causal LM with a chat template."""
     engine_urls: tuple[str, ...] = ()
     """Addresses of vLLM replicas, a JSON list. Empty: `make up` starts one on `RATCHET_ENGINE_PORT`."""
     engine_port: int = Field(8001, ge=1, le=65535)
-    """Port of the engine that `make up` starts, on loopback."""
+    """Port of the engine that `make up` or `ratchet engine` starts."""
+    engine_host: str = "127.0.0.1"
+    """Address that `ratchet engine` listens on. It has no access control: only ever one that the service alone can reach."""
     engine_max_adapters: int = Field(4, ge=3)
     """Adapters that an engine holds at once (live, previous, challenger, and one being loaded)."""
     max_lora_rank: int = Field(32, ge=8)
@@ -147,14 +160,18 @@ class Settings(BaseSettings):
 @lru_cache
 def get_settings() -> Settings:
     """The settings of this process. Raises SettingsError naming the variable that is wrong."""
-    known = {f"RATCHET_{name}".upper() for name in Settings.model_fields}
+    known = {
+        f"RATCHET_{name}".upper()
+        for name, field in Settings.model_fields.items()
+        if not field.validation_alias
+    }
     unknown = sorted(name for name in os.environ if name.startswith("RATCHET_") and name not in known)
     if unknown:
         raise SettingsError(f"{unknown[0]} is not a setting of Ratchet. The README lists them all.")
     try:
-        return Settings()
+        return Settings(_secrets_dir=SECRETS if SECRETS.is_dir() else None)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]).upper()
-        name = name if name == "DATABASE_URL" else f"RATCHET_{name}"
+        name = name if name in ALIASES else f"RATCHET_{name}"
         raise SettingsError(f"{name}: {first['msg']}") from None

@@ -15,11 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from service import base_model, embedded, preflight, schema
-from service.database import sync_engine, sync_sessions
+from service import embedded, preflight
 from service.engine_process import STOP_SECONDS, TYPICAL_START_SECONDS, engine_command, engine_environment
 from service.errors import SettingsError
-from service.policies import ensure_base
+from service.preparation import prepare_database, prepare_model
 from service.processes import Interrupted, Part, PartEnded, Runner, end_leftovers, log_path
 from service.settings import Settings
 
@@ -89,7 +88,7 @@ def _stopping_on_signals(runner: Runner) -> Iterator[None]:
 def _start(settings: Settings, runner: Runner, console: Console) -> None:
     began = time.monotonic()
     with _step(console, "model"):
-        model = _prepare_model(settings, runner)
+        model = prepare_model(settings, runner.run)
     engine_began = time.monotonic()
     if not settings.engine_urls:
         runner.start(_engine(settings, model))
@@ -97,7 +96,7 @@ def _start(settings: Settings, runner: Runner, console: Console) -> None:
         with _step(console, "PostgreSQL"):
             _start_database(settings, runner)
     with _step(console, "migrations"):
-        _prepare_database(settings, model)
+        prepare_database(settings, model)
     # Longer than it lets replies under way take to end.
     runner.start(
         Part("service", [sys.executable, "-m", "service"], stop_seconds=settings.shutdown_seconds + 5)
@@ -121,24 +120,6 @@ def _report(console: Console, title: str, seconds: float) -> None:
     console.print(f"  {title:<28} {seconds:6.1f} s")
 
 
-def _prepare_model(settings: Settings, runner: Runner) -> Path:
-    """The base model's folder; the starter is made where it is not there yet, and shows its own progress."""
-    folder = base_model.folder_of(settings)
-    if settings.model == base_model.STARTER and not (folder / "starter.json").exists():
-        command = [
-            sys.executable,
-            "-m",
-            "trainer.starter",
-            "--out",
-            str(folder),
-            "--seed",
-            str(settings.seed),
-        ]
-        if status := runner.run(command):
-            raise PartEnded(f"Making the starter model ended with exit status {status}.")
-    return folder
-
-
 def _engine(settings: Settings, model: Path) -> Part:
     return Part("engine", engine_command(settings, model), engine_environment(), stop_seconds=STOP_SECONDS)
 
@@ -154,17 +135,6 @@ def _start_database(settings: Settings, runner: Runner) -> None:
         return True
 
     embedded.wait_until_ready(settings, still_there)
-
-
-def _prepare_database(settings: Settings, model: Path) -> None:
-    """All tables, and the base model as the first live policy."""
-    schema.upgrade(settings)
-    engine = sync_engine(settings)
-    try:
-        with sync_sessions(engine).begin() as session:
-            ensure_base(session, str(model))
-    finally:
-        engine.dispose()
 
 
 def _wait_until_ready(settings: Settings, runner: Runner, console: Console, began: float) -> None:

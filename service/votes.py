@@ -36,10 +36,11 @@ async def give_vote(
         replies = await feedback.read_replies(session, comparison_id)
         _check_votable(replies)
         content = body.model_dump(include=set(COLUMNS))
-        vote = await feedback.store(session, Vote, comparison_id, user_id, content, context.settings)
+        vote, change = await feedback.store(session, Vote, comparison_id, user_id, content, context.settings)
         answer = _answer(vote, replies, context)
         call.remember(answer)
-    metrics.VOTES.labels(body.choice).inc()
+    if change is not None:
+        metrics.VOTES.labels(body.choice, change).inc()
     return answer
 
 

@@ -15,7 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from service import embedded, schema
 from service.database import database_url
-from service.settings import Settings, get_settings
+from service.settings import ALIASES, Settings, get_settings
 from tests.engine import free_port, running_engine
 from tests.tiny_model import make_model
 
@@ -38,7 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SideBySide:
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A developer's own environment changes no test."""
-    for name in [name for name in os.environ if name.startswith("RATCHET_")] + ["DATABASE_URL"]:
+    for name in [name for name in os.environ if name.startswith("RATCHET_")] + list(ALIASES):
         monkeypatch.delenv(name, raising=False)
     get_settings.cache_clear()
     yield

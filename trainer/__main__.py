@@ -9,6 +9,7 @@ import signal
 import sys
 from datetime import UTC, datetime, timedelta
 from types import FrameType
+from typing import IO, cast
 
 import torch
 from apscheduler.schedulers.blocking import BlockingScheduler
@@ -17,6 +18,7 @@ from sqlalchemy import Engine, func, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
+from service import logs
 from service.database import check_connection, sync_engine, sync_sessions
 from service.errors import SettingsError
 from service.settings import Settings, get_settings
@@ -91,7 +93,7 @@ def main() -> None:
         sys.exit(f"ratchet: {error.message}")
     torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) - 1))
     engine = sync_engine(settings)
-    console = Console(width=160, highlight=False)
+    console = make_console(settings)
     logging.getLogger("apscheduler").setLevel(logging.ERROR)  # ticks skipped while a cycle runs are no news
     scheduler = BlockingScheduler()
     scheduler.add_job(
@@ -107,6 +109,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     console.print(f"The trainer looks for new votes every {settings.tick_seconds:g} s.")
     scheduler.start()
+
+
+def make_console(settings: Settings) -> Console:
+    """Where the trainer says what it does: standard output, or, in JSON, the log, a line of it for each line."""
+    if settings.log_format == "text":
+        return Console(width=160, highlight=False)
+    logs.start(settings.log_format)
+    return Console(file=cast(IO[str], logs.LineWriter("ratchet.trainer")), width=160, highlight=False)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -142,7 +142,9 @@ class Walk:
         self._call("DELETE", f"/operator/keys/{key['id']}")
 
     def look_around(self) -> None:
-        for path in ("/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/ratchet", "/v1/status"):
+        for path in ("/healthz", "/readyz", "/v1/models", "/v1/models/ratchet", "/v1/status"):
+            self._call("GET", path)
+        for path in ("/metrics", "/metrics/engines/0"):
             self._call("GET", path)
         self._call("GET", "/v1/users/me", params={"user": HEAVY})
         self._call("PATCH", "/v1/users/me", params={"user": HEAVY}, json={"compares": True})

@@ -118,6 +118,10 @@ class FakeEngine:
     async def logprob(self, policy: str, prefix: list[int], token: int) -> float:
         return self.logprobs.get(policy, -1.0)
 
+    async def metrics(self) -> str:
+        self._check_alive()
+        return 'vllm:num_requests_running{engine="0"} 0.0\n'
+
     def _check_alive(self) -> None:
         if not self.alive:
             raise EngineGone("The engine did not answer.")

@@ -83,6 +83,7 @@ def test_where_keys_are_needed_nothing_but_health_answers_without(serve: Serve) 
         "/v1/conversations",
         "/v1/users/me",
         "/metrics",
+        "/metrics/engines/0",
     ):
         assert client.get(path).status_code == 401, path
     assert client.post(CHAT, json=ask()).status_code == 401

@@ -8,12 +8,13 @@ from service.errors import SettingsError
 from service.settings import Settings, get_settings
 
 README = Path(__file__).parents[2] / "README.md"
+OTHERS = {"database_url": "DATABASE_URL", "otlp_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT"}
 
 
 def test_every_setting_stands_in_the_readme_with_its_default() -> None:
     text = README.read_text()
     for name in Settings.model_fields:
-        variable = "DATABASE_URL" if name == "database_url" else f"RATCHET_{name.upper()}"
+        variable = OTHERS.get(name, f"RATCHET_{name.upper()}")
         assert f"| `{variable}` |" in text, f"{variable} is not in the README's table"
 
 
