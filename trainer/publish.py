@@ -7,13 +7,19 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import probe
-from trainer.models import POLICY, Roles
+import torch
+
+from trainer.models import POLICY, Batch, Roles
 from trainer.rollouts import Rollout
+
+NUM_PROBES = 4
+PROBE_TOLERANCE = 0.15
+"""Nats per token, mean absolute. Measured between the CPU engine (bfloat16) and the trainer: .01 to .07 with the right weights,
+.4 to 5 with the base's in their place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +46,6 @@ def publish(roles: Roles, rollouts: Sequence[Rollout], lineage: Lineage, policie
     partial = policies / f".{lineage.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     save_adapter(roles, partial)
-    probed = probe.choose(rollouts)
-    noise = probe.measure_noise(roles, probed)
     manifest = {
         "name": lineage.name,
         "parent": lineage.parent,
@@ -54,9 +58,8 @@ def publish(roles: Roles, rollouts: Sequence[Rollout], lineage: Lineage, policie
         "settings": lineage.settings,
         "metrics": lineage.metrics,
         "files": {path.name: sha256_of(path) for path in sorted(partial.iterdir())},
-        "probe": probe.make_probes(roles, probed),
-        "probe_noise": asdict(noise),
-        "probe_tolerance": probe.tolerance(noise),
+        "probe": make_probes(roles, rollouts),
+        "probe_tolerance": PROBE_TOLERANCE,
     }
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     partial.rename(folder)
@@ -74,6 +77,24 @@ def save_adapter(roles: Roles, folder: Path) -> None:
             path.rename(folder / path.name)
         inner.rmdir()
     (folder / "README.md").unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def make_probes(roles: Roles, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+    """A few of the policy's own replies with the log-probability of each of their tokens; null for the prompts'."""
+    chosen = sorted(rollouts, key=lambda rollout: len(rollout.reply_ids))[-NUM_PROBES:]
+    probes = []
+    for rollout in chosen:
+        batch = Batch.collate([(rollout.prompt_ids, rollout.reply_ids)], roles.pad_id, roles.device)
+        logprobs = roles.logprobs(batch)[0].tolist()
+        start = len(rollout.prompt_ids)
+        probes.append(
+            {
+                "token_ids": rollout.prompt_ids + rollout.reply_ids,
+                "logprobs": [None] * start + logprobs[start:],
+            }
+        )
+    return probes
 
 
 def sha256_of(path: Path) -> str:
