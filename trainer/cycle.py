@@ -25,6 +25,7 @@ from trainer import ppo, preferences, publish, report, reward_model, snapshot
 from trainer.guard import load_guards
 from trainer.learning import Recipe, Refused, TooFewVotes, learn
 from trainer.models import Roles
+from trainer.team import ALONE, Team
 
 SWAP_SECONDS = 300.0
 """How long the service may take to verify a policy."""
@@ -47,6 +48,7 @@ class Run:
     console: Console
     id: int
     metrics: dict[str, Any]
+    team: Team = ALONE
     board: SummaryWriter | None = None
 
     @property
@@ -92,11 +94,20 @@ class Start:
     adapter: Path | None
 
 
-def run_cycle(settings: Settings, sessions: sessionmaker[Session], cycle_id: int, console: Console) -> None:
-    """Runs or takes up a cycle to its end. What goes wrong ends the cycle, never the trainer; live stays as it is."""
+def run_cycle(
+    settings: Settings,
+    sessions: sessionmaker[Session],
+    cycle_id: int,
+    console: Console,
+    team: Team = ALONE,
+) -> None:
+    """Runs or takes up a cycle to its end. What goes wrong ends the cycle, never the trainer; live stays as it is.
+
+    team: led by this process. Raises Parted where it has lost the others; the cycle can then be taken up again.
+    """
     with sessions() as session:
         metrics = dict(session.get_one(Cycle, cycle_id).metrics)
-    run = Run(settings, sessions, console, cycle_id, metrics)
+    run = Run(settings, sessions, console, cycle_id, metrics, team)
     try:
         policy = _find_published(run) or _learn(run)
         run.enter("swap")
@@ -136,13 +147,15 @@ def _learn(run: Run) -> str:
     feedback, sha256 = _take_snapshot(run)
     _check_new(run, sha256)
     start = _find_start(run)
-    roles = Roles.load(start.base, settings.lora_rank, start.adapter)
+    roles = Roles.load(start.base, settings.lora_rank, start.adapter, run.team.device)
     lesson = preferences.read(roles, feedback, settings.votes_per_user)
 
     recipe = _recipe(settings, start)
     guards = load_guards(settings.guard, start.base)
     try:
-        learned = learn(roles, lesson.preferences, guards, recipe, run.seed, run.folder / "checkpoints", run)
+        learned = learn(
+            roles, lesson.preferences, guards, recipe, run.seed, run.folder / "checkpoints", run, run.team
+        )
     except TooFewVotes as error:
         raise CycleEnded("failed", str(error)) from None
     except Refused as error:

@@ -11,13 +11,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from trainer import gate, ppo, preference_methods, reward_model, reward_quality
+from trainer import followers, gate, ppo, preference_methods, reward_model, reward_quality
 from trainer.guard import Guard
 from trainer.iterations import GuardWatch, Iteration, Outcome, checkpoint_path, load_average
 from trainer.models import POLICY, REFERENCE, Roles
 from trainer.preferences import Pair, Preferences, split
 from trainer.reward_model import Head
 from trainer.rollouts import Rollout, Sampler
+from trainer.team import ALONE, Team
 
 MIN_PAIRS = 16
 """Decided votes below which nothing is learnt."""
@@ -81,8 +82,12 @@ def learn(
     seed: int,
     checkpoints: Path,
     watch: Watch,
+    team: Team = ALONE,
 ) -> Learned:
-    """Trains the policy in `roles`, which begins as the live one. Raises TooFewVotes, Refused, NonFinite."""
+    """Trains the policy in `roles`, which begins as the live one. Raises TooFewVotes, Refused, NonFinite.
+
+    team: led by this process; the others, in `followers.follow`, take part in PPO.
+    """
     decided = len(preferences.decided)
     if decided < MIN_PAIRS:
         raise TooFewVotes(f"{decided} votes prefer one reply, and {MIN_PAIRS} are needed.")
@@ -119,7 +124,9 @@ def learn(
     live = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
     anchor_right = gate.draw_anchor_right(roles, served, guards, seed)
     guard = gate.GuardSet(roles, served, guards, live.right.mean().item(), seed) if guards else None
-    outcome = _train(roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch, guard)
+    outcome = _train(
+        roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch, guard, team
+    )
     # With every iteration again: an earlier run may have been cut off between one's end and its note.
     iterations = [asdict(iteration) for iteration in outcome.iterations]
     told = {"method": recipe.method, "iterations": iterations, "kept": outcome.kept, "why": outcome.why}
@@ -157,14 +164,16 @@ def _train(
     checkpoints: Path,
     watch: Watch,
     guard: GuardWatch | None,
+    team: Team,
 ) -> Outcome:
     """By the recipe's method; each measures its iterations alike."""
     if recipe.method == "ppo":
         total = recipe.policy.iterations
-        training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed)
-        return ppo.train(
-            training, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, total), guard
-        )
+        training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed, team)
+        with followers.called_to(training):
+            return ppo.train(
+                training, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, total), guard
+            )
     settings = preference_methods.PreferenceSettings(method=recipe.method)
     run = preference_methods.PreferenceRun(
         roles, ensemble, judge, pairs, prompts, settings, recipe.policy, seed

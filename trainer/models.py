@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -69,18 +69,30 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_it else torch.float32
 
 
+class Origin(NamedTuple):
+    """What roles are loaded from."""
+
+    base: str | Path
+    rank: int
+    parent: Path | None = None
+
+
 class Roles(nn.Module):
     """The base with the policy's adapter, which is kept in float32 and computed in `compute_dtype` (autocast)."""
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, origin: Origin) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.origin = origin
 
     @staticmethod
-    def load(base: str | Path, rank: int, parent: Path | None = None) -> "Roles":
+    def load(
+        base: str | Path, rank: int, parent: Path | None = None, device: torch.device | None = None
+    ) -> "Roles":
         """The base with one adapter, `policy`: that of the parent policy, or a new one that changes nothing yet."""
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(torch.get_default_device()))
+        device = device or torch.get_default_device()
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(device))
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             # Gemma 2: faster attention leaves the cap out, without a word; the engine does not.
             model.set_attn_implementation("eager")
@@ -92,7 +104,7 @@ class Roles(nn.Module):
             peft = get_peft_model(model, lora, adapter_name=POLICY, autocast_adapter_dtype=True)
         else:
             peft = PeftModel.from_pretrained(model, parent, adapter_name=POLICY, is_trainable=True)
-        return Roles(peft, tokenizer).eval()
+        return Roles(peft, tokenizer, Origin(base, rank, parent)).eval().to(device)
 
     @property
     def device(self) -> torch.device:

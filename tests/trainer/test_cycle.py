@@ -35,8 +35,9 @@ from service.tables import (
 )
 from tests.tiny_model import make_model
 from trainer import cycle, gate, snapshot
-from trainer.__main__ import find_trigger
+from trainer.__main__ import find_trigger, tick
 from trainer.models import Roles
+from trainer.team import Parted, Team
 
 pytestmark = pytest.mark.database
 QUIET = Console(quiet=True)
@@ -428,6 +429,31 @@ def test_a_cycle_that_was_cut_off_goes_on_from_its_own_snapshot(
     service.join()
     assert ended.stage == "promoted"
     assert ended.metrics["snapshot"]["votes"] == 30
+
+
+@pytest.mark.parametrize(("error", "open_after"), [(Parted, True), (OSError, False)])
+def test_a_trainer_that_is_out_of_step_with_its_followers_ends(
+    error: type[BaseException],
+    open_after: bool,
+    settings: Settings,
+    sessions: sessionmaker[Session],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    team, codes = Team(rank=0, size=2), list[int]()
+
+    def part(*_: object) -> None:
+        team.in_step = False
+        raise error("gone")
+
+    monkeypatch.setattr("trainer.ppo.train", part)
+    monkeypatch.setattr(Team, "tell", lambda self, mine: mine)
+    monkeypatch.setattr("trainer.__main__.os._exit", codes.append)
+    add_votes(sessions, 30)
+    cycle_id = request_cycle(sessions)
+    tick(settings, sync_engine(settings), sessions, QUIET, team)
+    assert codes == [1]
+    with sessions() as session:
+        assert (session.get_one(Cycle, cycle_id).ended_at is None) == open_after
 
 
 def test_a_snapshot_that_was_changed_is_refused(settings: Settings, sessions: sessionmaker[Session]) -> None:
