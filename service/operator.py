@@ -14,6 +14,7 @@ from service.keyring import Identity
 from service.operator_schemas import (
     ActionRequest,
     ActionView,
+    CycleRequest,
     CycleView,
     DeploymentView,
     DuelView,
@@ -147,7 +148,7 @@ async def read_cycle(
 
 @router.post("/cycles", status_code=201)
 async def start_cycle(
-    identity: OperatorDep, context: ContextDep, body: ActionRequest | None = None
+    identity: OperatorDep, context: ContextDep, body: CycleRequest | None = None
 ) -> CycleView:
     """Ask for a cycle now; the trainer picks it up within its tick."""
     async with context.sessions.begin() as session:
@@ -155,7 +156,8 @@ async def start_cycle(
         open_id = await session.scalar(select(Cycle.id).where(Cycle.ended_at.is_(None)))
         if open_id is not None:
             raise Conflict(f"Cycle {open_id} is still running.", code="cycle_running")
-        cycle = Cycle(trigger="operator", stage="requested")
+        asked = {"method": body.method} if body and body.method else {}
+        cycle = Cycle(trigger="operator", stage="requested", metrics=asked)
         session.add(cycle)
         await session.flush()
         await session.refresh(cycle)

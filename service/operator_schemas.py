@@ -66,6 +66,20 @@ class ActionRequest(BaseModel):
     reason: Annotated[Text, Field(max_length=2000)] | None = Field(None, description="Kept with the action.")
 
 
+class CycleRequest(ActionRequest):
+    """A cycle to be run now."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"method": "sft", "reason": "A manual of style was written."}]}
+    )
+
+    method: Literal["ppo", "dpo", "orpo", "sft"] | None = Field(
+        None,
+        description="How its policy is learnt. `ppo`, `dpo`, `orpo`: from votes. `sft`: from demonstrations, "
+        "and once live it is the anchor of later cycles. Left out: `RATCHET_METHOD`.",
+    )
+
+
 class ActionView(BaseModel):
     """What an operator did."""
 

@@ -106,8 +106,6 @@ def main() -> None:
         settings = get_settings()
         if team.leads:
             check_connection(settings)
-        if team.size > 1 and settings.method != "ppo":
-            raise SettingsError(f"RATCHET_METHOD: {settings.method} trains in one process; several need ppo.")
     except SettingsError as error:
         sys.exit(f"ratchet: {error.message}")
     torch.set_num_threads(settings.threads or max(1, ((os.cpu_count() or 1) - 1) // team.on_machine))
