@@ -28,7 +28,7 @@ class Parted(BaseException):
     """The processes cannot reach each other any more. No `Exception`, since the cycle has not failed: it is taken up again."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Team:
     """The processes, as one of them sees them."""
 
