@@ -85,9 +85,14 @@ def cycles() -> None:
 
 
 @cycle_app.command("start")
-def start_cycle() -> None:
+def start_cycle(
+    method: Annotated[
+        str, typer.Option(help="ppo, dpo or orpo; sft: a new anchor from demonstrations.")
+    ] = "",
+) -> None:
     """Ask the trainer for a cycle now."""
-    print(f"Cycle {_call('POST', '/operator/cycles')['id']} is requested.")
+    asked = {"method": method} if method else {}
+    print(f"Cycle {_call('POST', '/operator/cycles', asked)['id']} is requested.")
 
 
 @app.command()

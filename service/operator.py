@@ -12,8 +12,8 @@ from service.context import Context, ContextDep
 from service.errors import Conflict, EngineUnavailable, NotFound
 from service.keyring import Identity
 from service.operator_schemas import (
-    ActionRequest,
     ActionView,
+    CycleRequest,
     CycleView,
     DeploymentView,
     DuelView,
@@ -168,7 +168,7 @@ async def read_cycle(
 
 @router.post("/cycles", status_code=201)
 async def start_cycle(
-    identity: OperatorDep, context: ContextDep, body: ActionRequest | None = None
+    identity: OperatorDep, context: ContextDep, body: CycleRequest | None = None
 ) -> CycleView:
     """Ask for a cycle now; the trainer picks it up within its tick."""
     async with context.sessions.begin() as session:
@@ -176,7 +176,8 @@ async def start_cycle(
         open_id = await session.scalar(select(Cycle.id).where(Cycle.ended_at.is_(None)))
         if open_id is not None:
             raise Conflict(f"Cycle {open_id} is still running.", code="cycle_running")
-        cycle = Cycle(trigger="operator", stage="requested")
+        asked = {"method": body.method} if body and body.method else {}
+        cycle = Cycle(trigger="operator", stage="requested", metrics=asked)
         session.add(cycle)
         await session.flush()
         await session.refresh(cycle)

@@ -139,6 +139,20 @@ class MoveRequest(ActionRequest):
     )
 
 
+class CycleRequest(ActionRequest):
+    """A cycle to be run now."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"method": "sft", "reason": "A manual of style was written."}]}
+    )
+
+    method: Literal["ppo", "dpo", "orpo", "sft"] | None = Field(
+        None,
+        description="How its policy is learnt. `ppo`, `dpo`, `orpo`: from votes. `sft`: from demonstrations, "
+        "and once live it is the anchor of later cycles. Left out: `RATCHET_METHOD`.",
+    )
+
+
 class ActionView(BaseModel):
     """What an operator did."""
 

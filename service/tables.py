@@ -413,7 +413,8 @@ class Cycle(Table):
     snapshot_sha256: Mapped[str | None] = mapped_column(ForeignKey("snapshots.sha256"))
     policy: Mapped[str | None] = mapped_column(ForeignKey("policies.name"))
     metrics: Mapped[dict[str, Any]] = mapped_column(server_default="{}")
-    """`{"progress": {...}, "reward_model": {...}, "training": {...}, "gate": {...}}`, filled as it goes on."""
+    """`{"progress": {...}, "reward_model": {...}, "training": {...}, "gate": {...}}`, filled as it goes on; `method`, where the
+    operator asked for one."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     ended_at: Mapped[datetime | None]
     __table_args__ = (

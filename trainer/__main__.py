@@ -1,5 +1,7 @@
 """The trainer's process: `python -m trainer`. A clock looks for a reason to start a cycle; one trainer at a time leads.
 
+`accelerate launch -m trainer` starts several processes, one to a GPU: the first is the trainer, and the others take part in its PPO.
+
 Leadership is a PostgreSQL advisory lock on a connection of its own: it is gone when the process is, so a second trainer takes over.
 """
 
@@ -23,8 +25,9 @@ from service.database import check_connection, sync_engine, sync_sessions
 from service.errors import SettingsError
 from service.settings import Settings, get_settings
 from service.tables import Cycle, Vote
-from trainer import snapshot
+from trainer import followers, snapshot
 from trainer.cycle import run_cycle
+from trainer.team import ALONE, Parted, Team
 
 LOCK = 7_203_001
 """Number of the advisory lock that the leading trainer holds."""
@@ -42,8 +45,17 @@ def find_trigger(session: Session, settings: Settings, now: datetime) -> str | N
     return "clock" if due and num_new >= settings.cycle_min_votes else None
 
 
-def tick(settings: Settings, engine: Engine, sessions: sessionmaker[Session], console: Console) -> None:
-    """One look: takes up an open cycle, or starts one that is due, where this trainer leads."""
+def tick(
+    settings: Settings,
+    engine: Engine,
+    sessions: sessionmaker[Session],
+    console: Console,
+    team: Team = ALONE,
+) -> None:
+    """One look: takes up an open cycle, or starts one that is due, where this trainer leads.
+
+    Ends the process where its followers and it are no longer at the same point of a cycle: the launcher then ends all.
+    """
     try:
         with engine.connect() as lock:
             if not lock.scalar(text("SELECT pg_try_advisory_lock(:number)"), {"number": LOCK}):
@@ -52,7 +64,7 @@ def tick(settings: Settings, engine: Engine, sessions: sessionmaker[Session], co
             try:
                 cycle_id = _find_or_start(settings, sessions)
                 if cycle_id is not None:
-                    run_cycle(settings, sessions, cycle_id, console)
+                    run_cycle(settings, sessions, cycle_id, console, team)
                 else:
                     _scrub(settings, sessions)
             finally:
@@ -60,6 +72,11 @@ def tick(settings: Settings, engine: Engine, sessions: sessionmaker[Session], co
                 lock.commit()
     except OperationalError as error:  # the database is away: the next tick tries again
         console.print(f"The database cannot be reached ({type(error.orig).__name__}); trying again.")
+    except Parted as error:
+        console.print(str(error))
+    if not team.in_step:
+        console.print("The training processes are out of step, and end: start them again.")
+        os._exit(1)  # a scheduler's thread cannot end the process otherwise
 
 
 def _find_or_start(settings: Settings, sessions: sessionmaker[Session]) -> int | None:
@@ -86,12 +103,17 @@ def _scrub(settings: Settings, sessions: sessionmaker[Session]) -> None:
 
 def main() -> None:
     """Runs until asked to stop."""
+    team = Team.join()
     try:
         settings = get_settings()
-        check_connection(settings)
+        if team.leads:
+            check_connection(settings)
     except SettingsError as error:
         sys.exit(f"ratchet: {error.message}")
-    torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) - 1))
+    torch.set_num_threads(settings.threads or max(1, ((os.cpu_count() or 1) - 1) // team.on_machine))
+    if not team.leads:
+        followers.follow(team)
+        return
     engine = sync_engine(settings)
     console = make_console(settings)
     logging.getLogger("apscheduler").setLevel(logging.ERROR)  # ticks skipped while a cycle runs are no news
@@ -99,7 +121,7 @@ def main() -> None:
     scheduler.add_job(
         tick,
         "interval",
-        (settings, engine, sync_sessions(engine), console),
+        (settings, engine, sync_sessions(engine), console, team),
         seconds=settings.tick_seconds,
         next_run_time=datetime.now(UTC),
         max_instances=1,

@@ -1,5 +1,7 @@
 """READ FIRST. One cycle: snapshot -> reward model -> PPO -> gate -> swap -> duel, from votes to a policy that answers users.
 
+Or, where an operator asks for it, snapshot -> fine-tuning -> gate -> swap -> duel, from demonstrations to a new anchor.
+
 Every stage is written to the cycle's row as it begins, with what it measured, so that the pages and the command line can watch.
 A cycle that was cut off is taken up again from its snapshot; one whose policy was published already only waits for what becomes of it.
 """
@@ -7,10 +9,10 @@ A cycle that was cut off is taken up again from its snapshot; one whose policy w
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -22,9 +24,11 @@ from service.policies import BASE, CHANNEL
 from service.settings import Settings
 from service.tables import Cycle, Deployment, Duel, Policy
 from trainer import ppo, preferences, publish, report, reward_model, snapshot
-from trainer.guard import load_guards
-from trainer.learning import Recipe, Refused, TooFewVotes, learn
+from trainer.anchoring import Anchored, TooFewDemonstrations, learn_anchor
+from trainer.guard import Guard, load_guards
+from trainer.learning import Learned, Method, Recipe, Refused, TooFewVotes, learn
 from trainer.models import Roles
+from trainer.team import ALONE, Team
 
 SWAP_SECONDS = 300.0
 """How long the service may take to verify a policy."""
@@ -47,6 +51,7 @@ class Run:
     console: Console
     id: int
     metrics: dict[str, Any]
+    team: Team = ALONE
     board: SummaryWriter | None = None
 
     @property
@@ -56,6 +61,11 @@ class Run:
     @property
     def seed(self) -> int:
         return self.settings.seed + self.id
+
+    @property
+    def method(self) -> Method:
+        """The one that the operator asked for, else the one that is set."""
+        return cast(Method, self.metrics.get("method", self.settings.method))
 
     def enter(self, stage: str) -> None:
         """Begins a stage: one line on the console, one in the database."""
@@ -85,18 +95,30 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The policy that a cycle starts from."""
+    """The policy that a cycle starts from, and the one that it measures KL to."""
 
     live: str
     base: Path
     adapter: Path | None
+    anchor: str
+    """That of the live policy, which may be itself."""
+    anchor_adapter: Path | None
 
 
-def run_cycle(settings: Settings, sessions: sessionmaker[Session], cycle_id: int, console: Console) -> None:
-    """Runs or takes up a cycle to its end. What goes wrong ends the cycle, never the trainer; live stays as it is."""
+def run_cycle(
+    settings: Settings,
+    sessions: sessionmaker[Session],
+    cycle_id: int,
+    console: Console,
+    team: Team = ALONE,
+) -> None:
+    """Runs or takes up a cycle to its end. What goes wrong ends the cycle, never the trainer; live stays as it is.
+
+    team: led by this process. Raises Parted where it has lost the others; the cycle can then be taken up again.
+    """
     with sessions() as session:
         metrics = dict(session.get_one(Cycle, cycle_id).metrics)
-    run = Run(settings, sessions, console, cycle_id, metrics)
+    run = Run(settings, sessions, console, cycle_id, metrics, team)
     try:
         policy = _find_published(run) or _learn(run)
         run.enter("swap")
@@ -136,14 +158,15 @@ def _learn(run: Run) -> str:
     feedback, sha256 = _take_snapshot(run)
     _check_new(run, sha256)
     start = _find_start(run)
-    roles = Roles.load(start.base, settings.lora_rank, start.adapter)
+    recipe = _recipe(run, start)
+    if recipe.method != "ppo" and run.team.size > 1:
+        raise CycleEnded("failed", f"Method {recipe.method} trains in one process: start the trainer alone.")
+    roles = Roles.load(start.base, settings.lora_rank, start.adapter, start.anchor_adapter, run.team.device)
     lesson = preferences.read(roles, feedback, settings.votes_per_user)
-
-    recipe = _recipe(settings, start)
     guards = load_guards(settings.guard, start.base)
     try:
-        learned = learn(roles, lesson.preferences, guards, recipe, run.seed, run.folder / "checkpoints", run)
-    except TooFewVotes as error:
+        learned = _train(run, roles, lesson, guards, recipe)
+    except (TooFewVotes, TooFewDemonstrations) as error:
         raise CycleEnded("failed", str(error)) from None
     except Refused as error:
         raise CycleEnded("rejected", str(error)) from None
@@ -152,7 +175,7 @@ def _learn(run: Run) -> str:
     lineage = publish.Lineage(
         name=name,
         parent=start.live,
-        anchor=BASE,
+        anchor=name if recipe.method == "sft" else start.anchor,
         base=str(start.base),
         cycle=run.id,
         snapshot=sha256,
@@ -160,8 +183,7 @@ def _learn(run: Run) -> str:
         settings=asdict(recipe),
         metrics={
             "kept": asdict(learned.kept),
-            "gate": run.metrics["gate"],
-            "reward_model": run.metrics["reward_model"],
+            **{part: run.metrics[part] for part in ("gate", "reward_model") if part in run.metrics},
             "seconds": time.monotonic() - started,
         },
     )
@@ -170,10 +192,20 @@ def _learn(run: Run) -> str:
     return name
 
 
-def _recipe(settings: Settings, start: Start) -> Recipe:
-    """The trainer's defaults, with what the settings say."""
+def _train(
+    run: Run, roles: Roles, lesson: preferences.Lesson, guards: Sequence[Guard], recipe: Recipe
+) -> Learned | Anchored:
+    checkpoints = run.folder / "checkpoints"
+    if recipe.method == "sft":
+        return learn_anchor(roles, lesson, guards, recipe, run.seed, checkpoints, run)
+    return learn(roles, lesson.preferences, guards, recipe, run.seed, checkpoints, run, run.team)
+
+
+def _recipe(run: Run, start: Start) -> Recipe:
+    """The trainer's defaults, with what the settings and the operator say."""
+    settings = run.settings
     return Recipe(
-        method=settings.method,
+        method=run.method,
         policy=ppo.PPOSettings(
             iterations=settings.ppo_iterations,
             rollouts=settings.ppo_rollouts,
@@ -210,11 +242,14 @@ def _take_snapshot(run: Run) -> tuple[list[snapshot.Feedback], str]:
 
 
 def _check_new(run: Run, sha256: str) -> None:
-    """Raises CycleEnded where a policy of just this snapshot was live and has been taken back."""
-    query = select(Policy.name).join(Cycle, Policy.cycle_id == Cycle.id)
+    """Raises CycleEnded where a policy of just this snapshot and method was live and has been taken back."""
+    query = select(Policy).join(Cycle, Policy.cycle_id == Cycle.id)
     with run.sessions() as session:
-        name = session.scalar(query.where(Cycle.snapshot_sha256 == sha256, Policy.state == "rolled_back"))
-    if name is not None:
+        taken_back = session.scalars(
+            query.where(Cycle.snapshot_sha256 == sha256, Policy.state == "rolled_back")
+        )
+        names = [policy.name for policy in taken_back if _method_of(policy.manifest) == run.method]
+    for name in names:
         raise CycleEnded("rejected", f"{name} learnt from exactly these votes, and was taken back.")
 
 
@@ -222,8 +257,17 @@ def _find_start(run: Run) -> Start:
     with run.sessions() as session:
         deployment = session.get_one(Deployment, 1)
         live = session.get_one(Policy, deployment.live)
+        anchor = session.get_one(Policy, live.manifest.get("anchor", BASE))
         base = session.get_one(Policy, BASE)
-    return Start(live.name, Path(base.path), Path(live.path) if live.name != BASE else None)
+    return Start(live.name, Path(base.path), _adapter_of(live), anchor.name, _adapter_of(anchor))
+
+
+def _adapter_of(policy: Policy) -> Path | None:
+    return Path(policy.path) if policy.name != BASE else None
+
+
+def _method_of(manifest: Mapping[str, Any]) -> str:
+    return str(manifest.get("settings", {}).get("method", "ppo"))
 
 
 def _inherited_coefficient(start: Start) -> float:
@@ -231,7 +275,7 @@ def _inherited_coefficient(start: Start) -> float:
     if start.adapter is None:
         return ppo.PPOSettings().kl_start
     manifest = json.loads((start.adapter / "manifest.json").read_text())
-    if manifest["settings"].get("method", "ppo") != "ppo":  # the others have none
+    if _method_of(manifest) != "ppo":  # the others have none
         return ppo.PPOSettings().kl_start
     return float(manifest["metrics"]["kept"]["kl_coefficient"])
 

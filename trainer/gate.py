@@ -4,6 +4,10 @@ Candidate and live policy answer the same prompts (held-out votes' prompts and t
 answers to the guard set must not fall: below live's by no more than chance explains, and below the anchor's not at all, so that
 many small falls cannot add up.
 
+A new anchor, made from demonstrations, passes the same gate but for two checks: by the judge it must only not lose, since it was not
+trained on votes; and KL to the old anchor is no budget of its, since KL begins anew with it. Instead it must find demonstrations
+likelier that training has not seen.
+
 Legend: N replies to held-out prompts, G guard prompts.
 """
 
@@ -68,7 +72,7 @@ class Sample:
     """What one policy answered to the gate's prompts."""
 
     judged: Tensor
-    """[N] by the judge."""
+    """[N] by the judge; [0] without one."""
     right: Tensor
     """[G] share of right replies to each guard prompt."""
     kl: float
@@ -86,11 +90,17 @@ class Sample:
 
 
 def draw_sample(
-    roles: Roles, judge: Head, sampler: Sampler, held_out: Sequence[Pair], guards: Sequence[Guard], seed: int
+    roles: Roles,
+    judge: Head | None,
+    sampler: Sampler,
+    prompts: Sequence[list[int]],
+    held_out: Sequence[Pair],
+    guards: Sequence[Guard],
+    seed: int,
 ) -> Sample:
-    """Answers of the policy that `roles` holds now: at least 256 to the held-out prompts, `GUARD_DRAWS` to each guard prompt."""
+    """Answers of the policy that `roles` holds now: at least 256 to the prompts, `GUARD_DRAWS` to each guard prompt."""
     generator = torch.Generator(device=roles.device).manual_seed(seed)
-    prompts = [pair.prompt for pair in held_out] * math.ceil(256 / max(1, len(held_out)))
+    prompts = [*prompts] * math.ceil(256 / max(1, len(prompts)))
     with roles.acting_as(POLICY):
         rollouts = sampler.sample(roles.model, prompts, generator)
         guarded = _answer_guards(roles, sampler, guards, generator)
@@ -98,7 +108,7 @@ def draw_sample(
     texts = [roles.decode(rollout.reply_ids) for rollout in everything]
     features = read_features(roles, [(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts])
     return Sample(
-        judged=judge(features).mean(1),
+        judged=judge(features).mean(1) if judge else torch.zeros(0),
         right=_shares_right(guards, texts[len(rollouts) :]),
         kl=measure_kl(roles, rollouts),
         ended=sum(rollout.ended for rollout in everything) / len(everything),
@@ -178,13 +188,51 @@ def measure_kl(roles: Roles, rollouts: Sequence[Rollout]) -> float:
 def decide(candidate: Sample, live: Sample, anchor_right: Tensor, kl_budget: float, finite: bool) -> Verdict:
     """Compares candidate and live. anchor_right: [G] as `draw_anchor_right`."""
     gain = _lower_bound(candidate.judged - live.judged)
+    checks = [
+        _at_least("judge", gain, 0.0, "gain by the held-out judge, lower 95 % bound"),
+        *_kept_up(candidate, live, anchor_right, 2.0 * live.length),
+        _at_most("kl", candidate.kl, 1.5 * kl_budget, "KL to the anchor, nats per reply"),
+        _is_finite(finite),
+    ]
+    return Verdict(checks)
+
+
+def decide_anchor(
+    candidate: Sample, live: Sample, anchor_right: Tensor, likelier: Tensor, shown_length: float, finite: bool
+) -> Verdict:
+    """Compares what demonstrations have made of live with live. anchor_right: [G] by the anchor until now.
+
+    likelier: [D] by how much it finds the reply of each held-out demonstration likelier than live does, nats per token.
+    shown_length: mean tokens of these replies, which it may well be as long as.
+    """
+    checks = [
+        _at_least(
+            "demonstrations",
+            _lower_bound(likelier),
+            0.0,
+            "gain in log-probability of held-out demonstrations, nats per token, lower 95 % bound",
+        )
+    ]
+    if len(candidate.judged):
+        gain = candidate.judged - live.judged
+        chance = -ONE_SIDED_95 * _standard_error(gain)
+        checks.append(
+            _at_least(
+                "judge", _mean(gain), chance, "gain by the judge, against none less what chance explains"
+            )
+        )
+    checks += _kept_up(candidate, live, anchor_right, 2.0 * max(live.length, shown_length))
+    return Verdict([*checks, _is_finite(finite)])
+
+
+def _kept_up(candidate: Sample, live: Sample, anchor_right: Tensor, longest: float) -> list[Check]:
+    """What no policy may lose, whatever it gains. longest: mean reply length that is let pass."""
     fall = candidate.right - live.right
     slack = ONE_SIDED_95 * _standard_error(fall)
     moved = candidate.preference - live.preference
     agreed = (moved > 0).float()
     agrees = agreed.mean().item() if len(agreed) else 0.5
-    checks = [
-        _at_least("judge", gain, 0.0, "gain by the held-out judge, lower 95 % bound"),
+    return [
         _at_least(
             "votes",
             agrees,
@@ -207,11 +255,12 @@ def decide(candidate: Sample, live: Sample, anchor_right: Tensor, kl_budget: flo
         _at_most(
             "repeated", candidate.repeated, live.repeated + 0.003, "share of replies that repeat themselves"
         ),
-        _at_most("length", candidate.length, 2.0 * live.length, "mean reply length, tokens"),
-        _at_most("kl", candidate.kl, 1.5 * kl_budget, "KL to the anchor, nats per reply"),
-        _at_least("finite", float(finite), 1.0, "whether every weight is a number"),
+        _at_most("length", candidate.length, longest, "mean reply length, tokens"),
     ]
-    return Verdict(checks)
+
+
+def _is_finite(finite: bool) -> Check:
+    return _at_least("finite", float(finite), 1.0, "whether every weight is a number")
 
 
 def _mean(values: Tensor) -> float:

@@ -11,13 +11,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from trainer import gate, ppo, preference_methods, reward_model, reward_quality
+from trainer import followers, gate, ppo, preference_methods, reward_model, reward_quality, sft
 from trainer.guard import Guard
 from trainer.iterations import GuardWatch, Iteration, Outcome, checkpoint_path, load_average
 from trainer.models import POLICY, REFERENCE, Roles
 from trainer.preferences import Pair, Preferences, split
 from trainer.reward_model import Head
 from trainer.rollouts import Rollout, Sampler
+from trainer.team import ALONE, Team
 
 MIN_PAIRS = 16
 """Decided votes below which nothing is learnt."""
@@ -50,14 +51,19 @@ class Watch(Protocol):
         """Numbers that change from iteration to iteration."""
 
 
+Method = Literal["ppo", "dpo", "orpo", "sft"]
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How a policy is learnt. One default for every model, taste and seed."""
 
-    method: Literal["ppo", "dpo", "orpo"] = "ppo"
+    method: Method = "ppo"
+    """`sft` is not `learn`'s: see `anchoring.py`."""
     policy: ppo.PPOSettings = field(default_factory=ppo.PPOSettings)
     """Also says how replies are sampled and scored, whatever the method."""
     reward: reward_model.RewardSettings = field(default_factory=reward_model.RewardSettings)
+    demonstrations: sft.SFTSettings = field(default_factory=sft.SFTSettings)
     served_min_p: float = 0.02
     """How replies are sampled for users; the gate looks at such."""
 
@@ -81,8 +87,12 @@ def learn(
     seed: int,
     checkpoints: Path,
     watch: Watch,
+    team: Team = ALONE,
 ) -> Learned:
-    """Trains the policy in `roles`, which begins as the live one. Raises TooFewVotes, Refused, NonFinite."""
+    """Trains the policy in `roles`, which begins as the live one. Raises TooFewVotes, Refused, NonFinite.
+
+    team: led by this process; the others, in `followers.follow`, take part in PPO.
+    """
     decided = len(preferences.decided)
     if decided < MIN_PAIRS:
         raise TooFewVotes(f"{decided} votes prefer one reply, and {MIN_PAIRS} are needed.")
@@ -116,10 +126,13 @@ def learn(
 
     watch.enter("training")
     served = replace(sampler, min_p=recipe.served_min_p)  # the gate sees what users would see
-    live = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
+    shown = [pair.prompt for pair in held_out.pairs]
+    live = gate.draw_sample(roles, judge, served, shown, held_out.pairs, guards, seed)
     anchor_right = gate.draw_anchor_right(roles, served, guards, seed)
     guard = gate.GuardSet(roles, served, guards, live.right.mean().item(), seed) if guards else None
-    outcome = _train(roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch, guard)
+    outcome = _train(
+        roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch, guard, team
+    )
     # With every iteration again: an earlier run may have been cut off between one's end and its note.
     iterations = [asdict(iteration) for iteration in outcome.iterations]
     told = {"method": recipe.method, "iterations": iterations, "kept": outcome.kept, "why": outcome.why}
@@ -135,12 +148,12 @@ def learn(
             continue  # warming up, a first iteration changes nothing
         roles.load_policy_state(state)
         finite = all(bool(weights.isfinite().all()) for weights in state.values())
-        candidate = gate.draw_sample(roles, judge, served, held_out.pairs, guards, seed)
+        candidate = gate.draw_sample(roles, judge, served, shown, held_out.pairs, guards, seed)
         verdict = gate.decide(candidate, live, anchor_right, recipe.policy.kl_budget, finite)
-        watch.note(gate=verdict.as_dict() | {"iteration": number}, samples=_side_by_side(live, candidate))
+        watch.note(gate=verdict.as_dict() | {"iteration": number}, samples=side_by_side(live, candidate))
         if verdict.passed:
             return Learned(
-                outcome.iterations[number], ensemble, judge, _sample_probes(roles, sampler, prompts, seed)
+                outcome.iterations[number], ensemble, judge, sample_probes(roles, sampler, prompts, seed)
             )
     reason = verdict.reason if verdict else "the judge liked none of its policies better than live"
     raise Refused(f"The gate refused it: {reason}.")
@@ -157,14 +170,17 @@ def _train(
     checkpoints: Path,
     watch: Watch,
     guard: GuardWatch | None,
+    team: Team,
 ) -> Outcome:
     """By the recipe's method; each measures its iterations alike."""
     if recipe.method == "ppo":
         total = recipe.policy.iterations
-        training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed)
-        return ppo.train(
-            training, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, total), guard
-        )
+        training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed, team)
+        with followers.called_to(training):
+            return ppo.train(
+                training, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, total), guard
+            )
+    assert recipe.method != "sft"
     settings = preference_methods.PreferenceSettings(method=recipe.method)
     run = preference_methods.PreferenceRun(
         roles, ensemble, judge, pairs, prompts, settings, recipe.policy, seed
@@ -174,7 +190,8 @@ def _train(
     )
 
 
-def _side_by_side(live: gate.Sample, candidate: gate.Sample) -> list[dict[str, str]]:
+def side_by_side(live: gate.Sample, candidate: gate.Sample) -> list[dict[str, str]]:
+    """Their replies to some guard prompts, for people to look at."""
     return [
         {"prompt": prompt, "before": before, "after": after}
         for (prompt, before), (_, after) in zip(live.shown, candidate.shown, strict=True)
@@ -190,7 +207,8 @@ def anchor_features(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]]
     return reward_model.read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
 
 
-def _sample_probes(roles: Roles, sampler: Sampler, prompts: list[list[int]], seed: int) -> list[Rollout]:
+def sample_probes(roles: Roles, sampler: Sampler, prompts: list[list[int]], seed: int) -> list[Rollout]:
+    """A few of the policy's own replies."""
     generator = torch.Generator(device=roles.device).manual_seed(seed)
     with roles.acting_as(POLICY):
         return sampler.sample(roles.model, prompts[:16], generator)

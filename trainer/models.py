@@ -1,8 +1,9 @@
-"""One copy of the base weights, and the four roles that share it: policy, reference, reward model, value.
+"""One copy of the base weights, and the roles that share it: policy, reference, reward model, value.
 
-The policy is a LoRA adapter over the frozen base. The reference is the base with the adapter off, and reward models and value are
-scalar heads on the reference's hidden states: one pass of the reference serves all three, and a few hundred votes cannot
-bend the features that they are read from.
+The policy is a LoRA adapter over the frozen base. The reference is the anchor: the base with the adapter off, or, where demonstrations
+made another anchor, that one's adapter, loaded beside the policy's and frozen. Reward models and value are scalar heads on the
+reference's hidden states: one pass of the reference serves all three, and a few hundred votes cannot bend the features that
+they are read from.
 
 Legend: B sequences, L tokens of prompt and reply together, V vocabulary, H hidden size.
 Sequences are padded on the right: with a causal model nothing real can see the padding, so no attention mask is needed.
@@ -13,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,6 +26,8 @@ from service.tables import Message
 
 POLICY = "policy"
 REFERENCE = "reference"
+ANCHOR = "anchor"
+"""Name of the anchor's adapter, where it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +72,37 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_it else torch.float32
 
 
+class Origin(NamedTuple):
+    """What roles are loaded from."""
+
+    base: str | Path
+    rank: int
+    parent: Path | None = None
+    """The adapter that the policy begins as; None: a new one that changes nothing yet."""
+    anchor: Path | None = None
+    """The adapter that the reference has; None: none."""
+
+
 class Roles(nn.Module):
     """The base with the policy's adapter, which is kept in float32 and computed in `compute_dtype` (autocast)."""
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, origin: Origin) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.origin = origin
 
     @staticmethod
-    def load(base: str | Path, rank: int, parent: Path | None = None) -> "Roles":
-        """The base with one adapter, `policy`: that of the parent policy, or a new one that changes nothing yet."""
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(torch.get_default_device()))
+    def load(
+        base: str | Path,
+        rank: int,
+        parent: Path | None = None,
+        anchor: Path | None = None,
+        device: torch.device | None = None,
+    ) -> "Roles":
+        """As in `Origin`. rank: of a new adapter."""
+        device = device or torch.get_default_device()
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(device))
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             # Gemma 2: faster attention leaves the cap out, without a word; the engine does not.
             model.set_attn_implementation("eager")
@@ -92,7 +114,10 @@ class Roles(nn.Module):
             peft = get_peft_model(model, lora, adapter_name=POLICY, autocast_adapter_dtype=True)
         else:
             peft = PeftModel.from_pretrained(model, parent, adapter_name=POLICY, is_trainable=True)
-        return Roles(peft, tokenizer).eval()
+        if anchor is not None:
+            peft.load_adapter(str(anchor), adapter_name=ANCHOR)
+            peft.set_adapter(POLICY)
+        return Roles(peft, tokenizer, Origin(base, rank, parent, anchor)).eval().to(device)
 
     @property
     def device(self) -> torch.device:
@@ -180,12 +205,24 @@ class Roles(nn.Module):
     @contextmanager
     def acting_as(self, role: str) -> Iterator[None]:
         """Within it the model computes as the policy or the reference."""
-        off: AbstractContextManager[None] = (
-            self.model.disable_adapter() if role == REFERENCE else nullcontext()
+        switched: AbstractContextManager[None] = (
+            self._switched_to_anchor() if role == REFERENCE else nullcontext()
         )
         bfloat16 = compute_dtype(self.device) is torch.bfloat16
-        with off, torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+        with switched, torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             yield
+
+    @contextmanager
+    def _switched_to_anchor(self) -> Iterator[None]:
+        if self.origin.anchor is None:
+            with self.model.disable_adapter():
+                yield
+            return
+        self.model.set_adapter(ANCHOR, inference_mode=True)
+        try:
+            yield
+        finally:
+            self.model.set_adapter(POLICY)
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """[B, L] the policy's log-probability of each reply token given all before it; 0.0 elsewhere.

@@ -4,6 +4,9 @@ The reward is an ensemble's pessimistic score less a KL penalty to the anchor. T
 controller lets KL rise slowly towards a budget, so the run walks along the curve of reward against KL. A judge (a reward model
 on votes that training never saw) says where on that curve it was best; that policy is kept.
 
+Several processes (`team.py`) may share a run: each samples and reads its part of every microbatch, and what is a sum or a mean is
+one over all of them, so that losses and policy are those of one process on the same rollouts.
+
 Legend: B sequences, L tokens of prompt and reply, N rollouts of an iteration, K heads of the ensemble.
 """
 
@@ -34,7 +37,11 @@ from trainer.models import POLICY, Batch, Roles
 from trainer.repetition import repeats
 from trainer.reward_model import Head, reward_features
 from trainer.rollouts import Rollout, Sampler
+from trainer.team import ALONE, Team
 from trainer.value import Value, value_features
+
+SEEDS_APART = 1_000_003
+"""Between the seeds that two processes sample with, so that none is another cycle's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,8 @@ class PPOSettings:
     minibatch: int = 64
     """Sequences in an optimiser step."""
     microbatch: int = 16
-    """Sequences read at once, of like length: a step's gradient is summed over several. Fewer pad less and hold less memory."""
+    """Sequences read at once, by all processes together, of like length: a step's gradient is summed over several. Fewer pad less
+    and hold less memory."""
     learning_rate_times_width: float = 0.4
     """Learning rate times hidden size: 2e-3 at 192, 1e-4 at 4096."""
     last_learning_rate: float = 0.1
@@ -113,20 +121,25 @@ class PPO:
         prompts: Sequence[list[int]],
         settings: PPOSettings,
         seed: int,
+        team: Team = ALONE,
     ) -> None:
+        """Raises ValueError where the team cannot share its microbatches evenly."""
         self.roles = roles
         self.ensemble = ensemble
         self.judge = judge
         self.prompts = prompts
         self.settings = settings
+        self.seed = seed
+        self.team = team
         self.sampler = Sampler(
             roles.end_ids, settings.max_tokens, settings.temperature, context_tokens=roles.context_tokens
         )
-        self.generator = torch.Generator(device=roles.device).manual_seed(seed)
-        self.rng = random.Random(seed)
+        self.generator = torch.Generator(device=roles.device).manual_seed(seed + SEEDS_APART * team.rank)
+        self.rng = random.Random(seed)  # the same draws on all: of prompts, and of the order of microbatches
         self.microbatch = min(settings.microbatch, settings.minibatch)
+        _check_shares(settings.rollouts, self.microbatch, team.size)
         self.kl_coefficient = settings.kl_start
-        self.value = Value(ensemble, roles.hidden_size)
+        self.value = Value(ensemble, roles.hidden_size, team)
         self.learning_rate = settings.learning_rate_times_width / roles.hidden_size
         self.optimizer = torch.optim.AdamW(
             roles.policy_parameters(),
@@ -142,7 +155,9 @@ class PPO:
         # 1. sample replies from the current policy
         prompts = self.rng.choices(self.prompts, k=settings.rollouts)
         with self.roles.acting_as(POLICY):
-            rollouts = self.sampler.sample(self.roles.model, prompts, self.generator)
+            rollouts = self.team.gather(
+                self.sampler.sample(self.roles.model, self.team.share(prompts), self.generator)
+            )
 
         # 2. read them: log-probabilities by policy and anchor, values, scores by ensemble and judge
         microbatches = self._read(rollouts)
@@ -156,7 +171,7 @@ class PPO:
                 rewards, part.values, part.mask, settings.discount, settings.trace
             )
         measured = self._measure(number, microbatches)
-        whiten_together(microbatches)
+        whiten_together(microbatches, self.team)
 
         # 5. a few passes of clipped updates of the policy; the value is fit to the returns
         self.optimizer.param_groups[0]["lr"] = self._learning_rate(number)
@@ -172,7 +187,7 @@ class PPO:
 
         # 6. steer KL towards the budget
         self.kl_coefficient = ppo_math.adapt_kl_coefficient(
-            self.kl_coefficient, _mean_kl(ppo_math.kl_k1, microbatches), settings.kl_budget
+            self.kl_coefficient, self._mean_kl(ppo_math.kl_k1, microbatches), settings.kl_budget
         )
         return Iteration(
             number=number, kl_coefficient=self.kl_coefficient, clipped=sum(clipped) / len(clipped), **measured
@@ -185,13 +200,14 @@ class PPO:
         return self.learning_rate * min(1.0, number / settings.warmup) * (1 - fall)
 
     def state(self) -> dict[str, Any]:
-        """All that the next iteration depends on."""
+        """All that the next iteration depends on. To be called by all processes at once."""
+        generators = self.team.join_rows(self.generator.get_state()[None])
         return {
             "policy": self.roles.policy_state(),
             "optimizer": self.optimizer.state_dict(),
             "value": self.value.state(),
             "kl_coefficient": self.kl_coefficient,
-            "generator": self.generator.get_state(),
+            "generator": generators,  # [processes, bytes]
             "rng": self.rng.getstate(),
         }
 
@@ -201,16 +217,19 @@ class PPO:
         self.optimizer.load_state_dict(state["optimizer"])
         self.value.load_state(state["value"])
         self.kl_coefficient = state["kl_coefficient"]
-        self.generator.set_state(state["generator"].cpu())
+        generators = state["generator"].cpu().view(-1, len(self.generator.get_state()))
+        if self.team.rank < len(generators):  # else it goes on with more processes than it began with
+            self.generator.set_state(generators[self.team.rank].clone())  # torch crashes on a view
         self.rng.setstate(state["rng"])
 
     @torch.no_grad()
     def _read(self, rollouts: Sequence[Rollout]) -> list[Microbatch]:
-        """Rollouts of like length together, so that little is spent on padding."""
+        """This process's part of each microbatch. Rollouts of like length together, so that little is spent on padding."""
         ordered = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.reply_ids))
         size = self.microbatch
         return [
-            self._read_microbatch(ordered[start : start + size]) for start in range(0, len(ordered), size)
+            self._read_microbatch(self.team.share(ordered[start : start + size]))
+            for start in range(0, len(ordered), size)
         ]
 
     def _read_microbatch(self, rollouts: Sequence[Rollout]) -> Microbatch:
@@ -246,30 +265,39 @@ class PPO:
 
     def _update(self, minibatch: Sequence[Microbatch]) -> float:
         """One optimiser step on the mean loss over the minibatch's tokens. Returns the share of clipped tokens."""
-        num_tokens = sum(part.mask.sum() for part in minibatch)
-        num_clipped = 0.0
+        num_tokens = self.team.sum(torch.stack([part.mask.sum() for part in minibatch]).sum())
+        total_loss, num_clipped = 0.0, 0.0
         for part in minibatch:
             logprobs = self.roles.logprobs(part.batch, self.settings.temperature)
             losses, clipped = ppo_math.policy_loss(
                 logprobs, part.old, part.advantages, part.mask, self.settings.clip
             )
             loss = losses.sum() / num_tokens
-            if not math.isfinite(loss.item()):
-                raise NonFinite(f"PPO's loss became {loss.item()}.")
             loss.backward()  # type: ignore[no-untyped-call]
+            total_loss += loss.item()
             num_clipped += clipped.sum().item()
-        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        parameters = self.optimizer.param_groups[0]["params"]
+        total_loss, num_clipped = self.team.sum_numbers(total_loss, num_clipped)
+        if not math.isfinite(total_loss):
+            raise NonFinite(f"PPO's loss became {total_loss}.")
+        self.team.sum_gradients(parameters)
+        length = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        if not math.isfinite(length):
+            raise NonFinite(f"The length of PPO's gradient became {length}.")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return num_clipped / float(num_tokens)
 
     def _measure(self, number: int, microbatches: Sequence[Microbatch]) -> dict[str, Any]:
         def joined(parts: Sequence[Tensor]) -> Tensor:
-            return torch.cat(list(parts))
+            return self.team.join_rows(torch.cat(list(parts)))
 
         real = [part.mask.bool() for part in microbatches]
-        num_tokens = sum(int(mask.sum()) for mask in real)
-        num_replies = sum(len(part.ended) for part in microbatches)
+        num_tokens, num_replies, surprise = self.team.sum_numbers(
+            sum(int(mask.sum()) for mask in real),
+            sum(len(part.ended) for part in microbatches),
+            -sum(part.old.sum().item() for part in microbatches),
+        )
         judged = joined([part.judged for part in microbatches])
         returns = joined([part.returns[mask] for part, mask in zip(microbatches, real, strict=True)])
         values = joined([part.values[mask] for part, mask in zip(microbatches, real, strict=True)])
@@ -278,19 +306,33 @@ class PPO:
             "judge": judged.mean().item(),
             "judge_error": judged.std().item() / math.sqrt(num_replies),
             "disagreement": joined([disagreement(part) for part in microbatches]).mean().item(),
-            "kl": _mean_kl(ppo_math.kl_k3, microbatches),
-            "entropy": -sum(part.old.sum().item() for part in microbatches) / num_tokens,
+            "kl": self._mean_kl(ppo_math.kl_k3, microbatches),
+            "entropy": surprise / num_tokens,
             "length": num_tokens / num_replies,
             "ended": joined([part.ended for part in microbatches]).mean().item(),
             "repeated": joined([part.repeated for part in microbatches]).mean().item(),
             "value_explained": (1 - (returns - values).var() / returns.var().clamp(min=1e-8)).item(),
         }
 
+    def _mean_kl(
+        self, estimate: Callable[[Tensor, Tensor], Tensor], microbatches: Sequence[Microbatch]
+    ) -> float:
+        """To the anchor, nats per reply: by k3 to report, and by k1 to steer, since one unlikely token can make k3 leap."""
+        total, num_replies = self.team.sum_numbers(
+            sum((estimate(part.old, part.reference) * part.mask).sum().item() for part in microbatches),
+            sum(len(part.ended) for part in microbatches),
+        )
+        return total / num_replies
 
-def _mean_kl(estimate: Callable[[Tensor, Tensor], Tensor], microbatches: Sequence[Microbatch]) -> float:
-    """To the anchor, nats per reply: by k3 to report, and by k1 to steer, since one unlikely token can make k3 leap."""
-    total = sum((estimate(part.old, part.reference) * part.mask).sum().item() for part in microbatches)
-    return total / sum(len(part.ended) for part in microbatches)
+
+def _check_shares(num_rollouts: int, microbatch: int, num_processes: int) -> None:
+    if num_rollouts % num_processes or microbatch % num_processes:
+        common = math.gcd(num_rollouts, microbatch)
+        fitting = ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)
+        raise ValueError(
+            f"{num_rollouts} rollouts in microbatches of {microbatch} cannot be shared evenly by {num_processes} processes: "
+            f"start {fitting}."
+        )
 
 
 def disagreement(part: Microbatch) -> Tensor:
@@ -304,10 +346,10 @@ def pessimistic(part: Microbatch, settings: PPOSettings) -> Tensor:
     return score - settings.fault_penalty * (1 - part.ended + part.repeated)
 
 
-def whiten_together(microbatches: Sequence[Microbatch]) -> None:
-    """`ppo_math.whiten` of the advantages, over microbatches of different lengths together."""
+def whiten_together(microbatches: Sequence[Microbatch], team: Team = ALONE) -> None:
+    """`ppo_math.whiten` of the advantages, over microbatches of different lengths together, and over all processes."""
     flat = torch.cat([part.advantages[part.mask.bool()] for part in microbatches])[None]
-    white = ppo_math.whiten(flat, torch.ones_like(flat))[0]
+    white = ppo_math.whiten(flat, torch.ones_like(flat), team.sum)[0]
     start = 0
     for part in microbatches:
         real = part.mask.bool()
@@ -329,17 +371,22 @@ def train(
 ) -> Outcome:
     """Iterates until something objects or all is done, with a checkpoint of the policy before each iteration.
 
-    Goes on where an earlier call with the same checkpoints was cut off: the policy becomes the same, byte for byte.
+    Goes on where an earlier call with the same checkpoints was cut off: the policy becomes the same, byte for byte. Of several
+    processes the first alone reads and writes checkpoints, asks the guard set, and says when it is over.
     """
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    leads = ppo.team.leads
+    if leads:
+        checkpoints.mkdir(parents=True, exist_ok=True)
     iterations = _resume(ppo, checkpoints)
-    while len(iterations) < ppo.settings.iterations and objection(iterations) is None:
+    while ppo.team.tell(len(iterations) < ppo.settings.iterations and objection(iterations) is None):
         number = len(iterations)
-        save(ppo.roles.policy_state(), checkpoint_path(checkpoints, number))
+        if leads:
+            save(ppo.roles.policy_state(), checkpoint_path(checkpoints, number))
         watched = guarded(guard, number)
         iterations.append(replace(ppo.iterate(number), guard=watched))
         state = ppo.state() | {"iterations": [asdict(iteration) for iteration in iterations]}
-        save(state, checkpoints / UNDER_WAY)
+        if leads:
+            save(state, checkpoints / UNDER_WAY)
         on_iteration(iterations[-1])
     return Outcome(iterations, choose_kept(iterations), objection(iterations) or ALL_DONE)
 
@@ -347,8 +394,11 @@ def train(
 def _resume(ppo: PPO, checkpoints: Path) -> list[Iteration]:
     """The iterations that are done already."""
     path = checkpoints / UNDER_WAY
-    if not path.exists():
+    found = None
+    if ppo.team.leads and path.exists():
+        found = torch.load(path, weights_only=True, map_location=ppo.roles.device)
+    state = ppo.team.tell(found)
+    if state is None:
         return []
-    state = torch.load(path, weights_only=True, map_location=ppo.roles.device)
     ppo.load_state(state)
     return [Iteration.from_dict(iteration) for iteration in state["iterations"]]

@@ -4,19 +4,26 @@ Legend: B sequences, L tokens; `mask` (B, L) is 1.0 at reply tokens. Reply token
 one carries the score. Every result is 0.0 where the mask is.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over real tokens. values, mask: (B, L). Returns a scalar."""
-    return (values * mask).sum() / mask.sum()
+def own(part: Tensor) -> Tensor:
+    """The total of a part that is the whole."""
+    return part
 
 
-def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit variance over real tokens only. values, mask: (B, L)."""
-    mean = masked_mean(values, mask)
-    variance = masked_mean((values - mean) ** 2, mask)
+def masked_mean(values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = own) -> Tensor:
+    """Mean over real tokens. values, mask: (B, L). Returns a scalar. total: sums over parts that others hold."""
+    return total((values * mask).sum()) / total(mask.sum())
+
+
+def whiten(values: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = own) -> Tensor:
+    """Zero mean and unit variance over real tokens only. values, mask: (B, L). total: as in `masked_mean`."""
+    mean = masked_mean(values, mask, total)
+    variance = masked_mean((values - mean) ** 2, mask, total)
     return (values - mean) * torch.rsqrt(variance + 1e-8) * mask
 
 

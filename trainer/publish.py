@@ -29,6 +29,7 @@ class Lineage:
     name: str
     parent: str
     anchor: str
+    """That KL was measured to; its own name, where it is to be the anchor of what comes after it."""
     base: str
     cycle: int
     snapshot: str

@@ -81,6 +81,9 @@ def _draw_reliability(axes: Axes, bins: Sequence[Mapping[str, float]]) -> None:
 
 def _training(found: Mapping[str, Any]) -> str:
     iterations = found.get("iterations")
+    if epochs := found.get("epochs"):
+        why = f"Kept epoch {found['kept']} of {len(epochs) - 1}: {escape(found['why'])}."
+        return f"<h2>Training ({escape(found['method'])})</h2><p>{why}</p>{_plot(_draw_epochs, epochs)}"
     if not iterations:
         return ""
     kept = (
@@ -93,6 +96,11 @@ def _training(found: Mapping[str, Any]) -> str:
         draws.append(_draw_guard)
     plots = [_plot(draw, iterations) for draw in draws]
     return f"<h2>Training ({escape(found['method'])})</h2><p>{kept}</p>{''.join(plots)}"
+
+
+def _draw_epochs(axes: Axes, epochs: Sequence[Mapping[str, float]]) -> None:
+    axes.plot([e["number"] for e in epochs], [e["held_out_loss"] for e in epochs], marker="o")
+    axes.set(xlabel="epoch", ylabel="nats per token", title="Loss on held-out demonstrations")
 
 
 def _draw_reward_against_kl(axes: Axes, iterations: Sequence[Mapping[str, float]]) -> None:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning, by TRL: a policy that replies as people showed it, in demonstrations and corrections.
 
 The loss is on the replies alone. Some prompts' demonstrations are held out, and the epoch that finds them likeliest is kept: a few
-hundred of them are soon learnt by heart. What comes out can serve as a new anchor.
+hundred of them are soon learnt by heart. What comes out can become a new anchor: see `anchoring.py`.
 """
 
 import math
@@ -107,15 +107,26 @@ def split(
 
 def measure_loss(roles: Roles, demonstrations: Sequence[Demonstrated], batch_size: int = 64) -> float:
     """Mean -log-probability of a reply's token by the policy, nats."""
-    total, num_tokens = 0.0, 0
-    ordered = sorted(demonstrations, key=lambda each: len(each.prompt) + len(each.reply))
-    for start in range(0, len(ordered), batch_size):
-        sequences = [(each.prompt, each.reply) for each in ordered[start : start + batch_size]]
+    total = -measure_logprobs(roles, demonstrations, batch_size).sum().item()
+    return total / sum(len(each.reply) for each in demonstrations)
+
+
+@torch.no_grad()
+def measure_logprobs(
+    roles: Roles, demonstrations: Sequence[Demonstrated], batch_size: int = 64
+) -> torch.Tensor:
+    """[D] log-probability of each whole reply by the policy, in the order given; batched by length."""
+    order = sorted(
+        range(len(demonstrations)),
+        key=lambda index: len(demonstrations[index].prompt) + len(demonstrations[index].reply),
+    )
+    found = torch.zeros(len(order), dtype=torch.float64)
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        sequences = [(demonstrations[index].prompt, demonstrations[index].reply) for index in indices]
         batch = Batch.collate(sequences, roles.pad_id, roles.device)
-        with torch.no_grad():
-            total -= roles.logprobs(batch).sum().item()
-        num_tokens += sum(len(reply) for _, reply in sequences)
-    return total / num_tokens
+        found[indices] = roles.logprobs(batch).sum(1).double().cpu()
+    return found
 
 
 def _as_row(demonstration: Demonstrated) -> dict[str, list[int]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.models import Reading
 from trainer.reward_model import Head
+from trainer.team import ALONE, Team
 
 FORGETTING = 0.6
 """Weight of an iteration's data one iteration later."""
@@ -42,8 +43,9 @@ def value_features(reading: Reading, mask: Tensor) -> Tensor:
 class Value:
     """Linear in `value_features`."""
 
-    def __init__(self, head: Head, hidden: int) -> None:
+    def __init__(self, head: Head, hidden: int, team: Team = ALONE) -> None:
         """Starts as the mean of the reward model's heads, on the reply so far."""
+        self.team = team
         weight = (head.weight / head.spread).mean(1) / head.scale
         bias = -(head.offset / head.spread).mean()
         self.scale = torch.cat([head.scale, head.scale[:hidden], head.scale.new_ones(1)])
@@ -66,9 +68,10 @@ class Value:
         self.weight, self.moment, self.target = state["weight"], state["moment"], state["target"]
 
     def fade(self) -> None:
-        """To be called once an iteration, before its data are added."""
-        self.moment *= FORGETTING
-        self.target *= FORGETTING
+        """To be called once an iteration, before its data are added. All processes know the same; one of them keeps it."""
+        kept = FORGETTING if self.team.leads else 0.0
+        self.moment *= kept
+        self.target *= kept
 
     def add(self, features: Tensor, returns: Tensor, mask: Tensor) -> None:
         """Adds the data of a batch. features: (B, L, G), returns, mask: (B, L)."""
@@ -78,6 +81,7 @@ class Value:
         self.target += rows.T @ returns[real].double()
 
     def fit(self) -> None:
-        """Weights from all data added so far."""
+        """Weights from all data that any process has added so far."""
+        self.moment, self.target = self.team.sum(self.moment), self.team.sum(self.target)
         eye = torch.eye(len(self.start), dtype=torch.float64, device=self.start.device)
         self.weight = torch.linalg.solve(self.moment + RIDGE * eye, self.target + RIDGE * self.start)

@@ -44,7 +44,7 @@ FULL: dict[tuple[str, str], dict[str, Any]] = {
         for call in ("promote", "reject", "rollback")
     },
 }
-NOT_TEXT = {"role", "type", "choice", "comparison", "expires_at", "state"}
+NOT_TEXT = {"role", "type", "choice", "comparison", "expires_at", "state", "method"}
 """Strings of a few values or of a format: whatever else they hold is refused anyway."""
 
 
@@ -280,6 +280,7 @@ WRONG_ELSEWHERE: list[tuple[str, str, object, str]] = [
     ("GET", "/v1/demonstrations?limit=x", None, "limit"),
     ("GET", "/v1/demonstrations?limit=-1", None, "limit"),
     ("GET", "/v1/users/me?user=", None, "user"),
+    ("POST", "/operator/cycles", {"method": "rlhf"}, "method"),
     ("GET", "/operator/cycles/0", None, "cycle_id"),
     ("GET", "/operator/cycles/x", None, "cycle_id"),
     ("DELETE", f"/operator/keys/{1 << 63}", None, "key_id"),

@@ -30,6 +30,14 @@ def test_a_cycle_is_asked_for_once_and_can_be_watched(serve: Serve, rows: Rows) 
 
 
 @pytest.mark.database
+def test_a_cycle_is_asked_for_by_its_method(serve: Serve, rows: Rows) -> None:
+    client = serve(FakeEngine())
+    asked = client.post("/operator/cycles", json={"method": "sft", "reason": "A manual was written."})
+    assert asked.json()["metrics"] == {"method": "sft"}
+    assert client.get("/operator/actions").json()[0]["reason"] == "A manual was written."
+
+
+@pytest.mark.database
 def test_there_is_nothing_to_roll_back_to_at_first(serve: Serve) -> None:
     client = serve(FakeEngine())
     assert client.post("/operator/rollback").json()["error"]["code"] == "no_previous_policy"

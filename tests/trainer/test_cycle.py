@@ -35,8 +35,9 @@ from service.tables import (
 )
 from tests.tiny_model import make_model
 from trainer import cycle, gate, snapshot
-from trainer.__main__ import find_trigger
-from trainer.models import Roles
+from trainer.__main__ import find_trigger, tick
+from trainer.models import Batch, Roles
+from trainer.team import Parted, Team
 
 pytestmark = pytest.mark.database
 QUIET = Console(quiet=True)
@@ -99,9 +100,31 @@ def add_votes(sessions: sessionmaker[Session], count: int, choice: str | None = 
             session.add(Vote(comparison_id=f"cmp-{number}", user_id=user.id, choice=vote, tags=[]))
 
 
-def request_cycle(sessions: sessionmaker[Session]) -> int:
+def add_demonstrations(sessions: sessionmaker[Session], count: int) -> None:
     with sessions.begin() as session:
-        row = Cycle(trigger="operator", stage="requested")
+        user = session.scalar(select(User)) or User(name="ann")
+        session.add(user)
+        session.flush()
+        for number in range(count):
+            prompt = Prompt(
+                user_id=user.id, messages=[{"role": "user", "content": f"And is it {number % 8}?"}]
+            )
+            session.add(prompt)
+            session.flush()
+            session.add(
+                Demonstration(
+                    id=f"dem-{number}",
+                    prompt_id=prompt.id,
+                    user_id=user.id,
+                    content=("lemon", "a lemon")[number // 8 % 2],
+                    tags=[],
+                )
+            )
+
+
+def request_cycle(sessions: sessionmaker[Session], method: str | None = None) -> int:
+    with sessions.begin() as session:
+        row = Cycle(trigger="operator", stage="requested", metrics={"method": method} if method else {})
         session.add(row)
         session.flush()
         return row.id
@@ -204,6 +227,89 @@ def test_a_policy_can_be_learnt_by_trl_from_the_votes_directly(
     assert (ended.stage, ended.metrics["training"]["method"]) == ("promoted", method)
     with sessions() as session:
         assert session.get_one(Policy, "policy-000001").manifest["settings"]["method"] == method
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_demonstrations_become_the_anchor_of_the_cycles_after_it(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_demonstrations(sessions, 24)
+    service = accept_challengers(sessions)
+    ended = run(settings, sessions, request_cycle(sessions, "sft"))
+    service.join()
+    assert (ended.stage, ended.reason) == ("promoted", "policy-000001 is live.")
+    assert ended.metrics["training"]["method"] == "sft"
+    names = [check["name"] for check in ended.metrics["gate"]["checks"]]
+    assert (names[0], "judge" in names, "kl" in names) == ("demonstrations", False, False)
+    with sessions() as session:
+        made = session.get_one(Policy, "policy-000001")
+    assert (made.parent, made.manifest["anchor"]) == (BASE, "policy-000001")
+    assert read_folder(made.name, Path(made.path)).probe
+
+    add_votes(sessions, 40)
+    service = accept_challengers(sessions)
+    ended = run(settings, sessions, request_cycle(sessions))
+    service.join()
+    assert ended.stage == "promoted"
+    with sessions() as session:
+        learnt = session.get_one(Policy, "policy-000002")
+    assert (learnt.parent, learnt.manifest["anchor"]) == ("policy-000001", "policy-000001")
+    iterations = ended.metrics["training"]["iterations"]
+    assert iterations[0]["kl"] == 0.0  # it begins as its anchor, which is far from the base
+    with sessions() as session:
+        base = session.get_one(Policy, BASE).path
+    roles = Roles.load(base, 4, Path(made.path))
+    batch = Batch.collate([(roles.prompt_ids([{"role": "user", "content": "?"}]), [40, 1])], 0, roles.device)
+    assert (roles.logprobs(batch) - roles.read(batch).logprobs).abs().max() > 0.5
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_votes_judge_a_new_anchor_where_there_are_enough(
+    settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = gate.Check("judge", -1.0, 0.0, False, "")
+    seen: list[gate.Sample] = []
+
+    def decide(candidate: gate.Sample, *_: object) -> gate.Verdict:
+        seen.append(candidate)
+        return gate.Verdict([refusing])
+
+    monkeypatch.setattr(gate, "decide_anchor", decide)
+    add_votes(sessions, 30)
+    add_demonstrations(sessions, 24)
+    ended = run(settings, sessions, request_cycle(sessions, "sft"))
+    assert (ended.stage, ended.reason) == ("rejected", "The gate refused it: judge -1.000 (needs 0.000).")
+    assert len(seen[0].judged) >= 256
+    assert len(seen[0].preference) == 30
+    with sessions() as session:
+        assert session.get_one(Deployment, 1).challenger is None
+
+
+@pytest.mark.parametrize(
+    ("count", "reason"),
+    [(15, "There are 15 demonstrations, and 16 are needed."), (0, "There are 0 demonstrations")],
+)
+def test_too_few_demonstrations_end_the_cycle_with_a_reason(
+    settings: Settings, sessions: sessionmaker[Session], count: int, reason: str
+) -> None:
+    add_demonstrations(sessions, count)
+    ended = run(settings, sessions, request_cycle(sessions, "sft"))
+    assert ended.stage == "failed"
+    assert reason in (ended.reason or "")
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_method_that_trains_in_one_process_says_so_to_several(
+    method: str, settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    cycle_id = request_cycle(sessions, method)
+    cycle.run_cycle(settings, sessions, cycle_id, QUIET, Team(rank=0, size=2))
+    with sessions() as session:
+        ended = session.get_one(Cycle, cycle_id)
+    assert (ended.stage, ended.reason) == (
+        "failed",
+        f"Method {method} trains in one process: start the trainer alone.",
+    )
 
 
 @pytest.mark.usefixtures("_open_gate")
@@ -428,6 +534,31 @@ def test_a_cycle_that_was_cut_off_goes_on_from_its_own_snapshot(
     service.join()
     assert ended.stage == "promoted"
     assert ended.metrics["snapshot"]["votes"] == 30
+
+
+@pytest.mark.parametrize(("error", "open_after"), [(Parted, True), (OSError, False)])
+def test_a_trainer_that_is_out_of_step_with_its_followers_ends(
+    error: type[BaseException],
+    open_after: bool,
+    settings: Settings,
+    sessions: sessionmaker[Session],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    team, codes = Team(rank=0, size=2), list[int]()
+
+    def part(*_: object) -> None:
+        team.in_step = False
+        raise error("gone")
+
+    monkeypatch.setattr("trainer.ppo.train", part)
+    monkeypatch.setattr(Team, "tell", lambda self, mine: mine)
+    monkeypatch.setattr("trainer.__main__.os._exit", codes.append)
+    add_votes(sessions, 30)
+    cycle_id = request_cycle(sessions)
+    tick(settings, sync_engine(settings), sessions, QUIET, team)
+    assert codes == [1]
+    with sessions() as session:
+        assert (session.get_one(Cycle, cycle_id).ended_at is None) == open_after
 
 
 def test_a_snapshot_that_was_changed_is_refused(settings: Settings, sessions: sessionmaker[Session]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from service.errors import SettingsError
-from trainer.gate import Sample, decide
+from trainer.gate import Sample, decide, decide_anchor
 from trainer.guard import Guard, load_guards
 
 LIVE = Sample(
@@ -53,6 +53,48 @@ def test_a_better_policy_passes() -> None:
 )
 def test_each_check_refuses_by_itself(change: dict[str, object], check: str) -> None:
     assert failed(replace(BETTER, **change)) == [check]  # type: ignore[arg-type]
+
+
+SHOWN = replace(LIVE, preference=torch.ones(50))
+"""As good as live, and agreeing more with the votes."""
+LIKELIER = 0.5 + 0.1 * torch.linspace(-1, 1, 20)
+
+
+def failed_as_anchor(candidate: Sample, likelier: torch.Tensor = LIKELIER, finite: bool = True) -> list[str]:
+    checks = decide_anchor(candidate, LIVE, ANCHOR_RIGHT, likelier, 20.0, finite).checks
+    return [check.name for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        ({}, []),
+        ({"kl": 80.0}, []),  # it may leave the old anchor as far as it will
+        ({"judged": LIVE.judged - 0.01 + 0.1 * torch.linspace(1, -1, 100)}, []),
+        ({"judged": LIVE.judged - 0.1 + 0.1 * torch.linspace(1, -1, 100)}, ["judge"]),
+        ({"preference": -torch.ones(50)}, ["votes"]),
+        ({"right": guard_shares(63)}, ["guard"]),
+        ({"right": guard_shares(59)}, ["guard", "guard_anchor"]),
+        ({"ended": 0.95}, ["ended"]),
+        ({"repeated": 0.05}, ["repeated"]),
+        ({"length": 39.0}, []),  # twice as long as what was shown
+        ({"length": 41.0}, ["length"]),
+    ],
+)
+def test_a_new_anchor_passes_the_checks_that_make_sense_for_it(
+    change: dict[str, object], failing: list[str]
+) -> None:
+    assert failed_as_anchor(replace(SHOWN, **change)) == failing  # type: ignore[arg-type]
+
+
+def test_a_new_anchor_must_find_held_out_demonstrations_likelier() -> None:
+    assert failed_as_anchor(SHOWN, LIKELIER - 0.5) == ["demonstrations"]
+    assert failed_as_anchor(SHOWN, finite=False) == ["finite"]
+
+
+def test_a_new_anchor_needs_no_votes() -> None:
+    unjudged = replace(LIVE, judged=torch.zeros(0), preference=torch.zeros(0))
+    assert decide_anchor(unjudged, unjudged, ANCHOR_RIGHT, LIKELIER, 20.0, True).passed
 
 
 def test_broken_weights_are_refused() -> None:

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_model import FAMILIES, SPECIAL, make_family, read_logprobs
-from trainer.models import POLICY, Batch, Roles
+from trainer.models import POLICY, REFERENCE, Batch, Roles
+from trainer.publish import save_adapter
 from trainer.rollouts import Sampler
 
 QUESTIONS = ("lemon?", "What colour is a lemon, and what is a lemon?")
@@ -48,6 +49,34 @@ def test_the_trainers_logprobs_are_the_models_own(family: str, tied: bool, tmp_p
         assert found[batch.reply_mask.bool()].tolist() == pytest.approx(list(chain(*own)), abs=1e-4)
         assert not found[~batch.reply_mask.bool()].any()
     assert (roles.read(batch).logprobs - roles.logprobs(batch)).abs().max() > 0.05
+
+
+def test_an_anchor_of_its_own_is_the_reference_and_stays_as_it_is(tmp_path: Path) -> None:
+    base = make_family(tmp_path / "base", "llama")
+    anchor = load_trained(base)
+    save_adapter(anchor, tmp_path / "anchor")
+    roles = Roles.load(base, 8, None, tmp_path / "anchor")
+    batch = Batch.collate([(prompts_of(roles)[0], roles.reply_ids("a lemon is yellow"))], 0, roles.device)
+    of_base = anchor.read(batch)
+    assert torch.equal(roles.read(batch).logprobs, anchor.logprobs(batch))
+    assert torch.equal(roles.logprobs(batch), of_base.logprobs)  # a new adapter changes nothing yet
+    assert (roles.read(batch).states - of_base.states).abs().max() > 0.05
+
+    before = roles.read(batch).logprobs
+    optimizer = torch.optim.SGD(roles.policy_parameters(), lr=0.1)
+    roles.logprobs(batch).sum().backward()
+    assert {name for name, weights in roles.model.named_parameters() if weights.grad is not None} == set(
+        roles.policy_state()
+    )
+    optimizer.step()
+    assert not torch.equal(roles.logprobs(batch), of_base.logprobs)
+    assert torch.equal(roles.read(batch).logprobs, before)
+
+    own = Roles.load(base, 4, tmp_path / "anchor", tmp_path / "anchor")  # live is the anchor
+    assert torch.equal(own.read(batch).logprobs, own.logprobs(batch))
+    with own.acting_as(REFERENCE), pytest.raises(ZeroDivisionError):
+        _ = 1 / 0
+    assert all(weights.requires_grad for weights in own.policy_parameters())
 
 
 @EVERY_FAMILY

@@ -3,37 +3,24 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.tiny_model import make_model
-from trainer import ppo, ppo_math, reward_model
+from tests.trainer.tiny_ppo import SETTINGS, start
+from trainer import ppo, ppo_math
 from trainer.iterations import Iteration, NonFinite, Outcome
 from trainer.models import POLICY, Batch, Roles
-from trainer.ppo import PPO, PPOSettings
-from trainer.reward_model import Head
 from trainer.rollouts import Sampler
-
-SETTINGS = PPOSettings(iterations=14, rollouts=64, minibatch=16, max_tokens=8, kl_start=0.01, kl_budget=50.0)
+from trainer.team import Team
 
 
 @pytest.fixture
 def roles(tmp_path: Path) -> Roles:
     torch.manual_seed(0)
     return Roles.load(make_model(tmp_path), rank=4)
-
-
-def start(roles: Roles, settings: PPOSettings = SETTINGS) -> PPO:
-    """PPO for a reward that likes what the anchor finds likely, which any model can learn."""
-    prompts = [roles.prompt_ids([{"role": "user", "content": text}]) for text in ("lemon", "colour?")]
-    features = reward_model.read_features(
-        roles, [(prompt, [40 + n, 60, 1]) for n, prompt in enumerate(prompts)]
-    )
-    weight = torch.zeros(features.shape[1], 1)
-    weight[-3] = 1.0  # the mean log-probability
-    head = Head(torch.ones(features.shape[1]), weight, torch.tensor([-4.0]), torch.tensor([0.5]))
-    return PPO(roles, head, head, prompts, settings, seed=0)
 
 
 def test_unchanged_weights_have_a_ratio_of_exactly_one(roles: Roles) -> None:
@@ -139,6 +126,30 @@ def test_a_loss_that_is_no_number_ends_the_run(roles: Roles) -> None:
     training.ensemble = replace(training.ensemble, offset=torch.tensor([float("nan")]))
     with pytest.raises(NonFinite, match="loss became nan"):
         training.iterate(0)
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_in_the_weights(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = start(roles)
+    before = roles.policy_state()
+    loss = ppo_math.policy_loss
+
+    def flat_but_steep(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, clipped = loss(*arguments)
+        return losses + (losses * 0).abs().sqrt(), clipped  # at 0 a root is 0, and its slope is infinite
+
+    monkeypatch.setattr(ppo_math, "policy_loss", flat_but_steep)
+    with pytest.raises(NonFinite, match="gradient became nan"):
+        training.iterate(3)
+    assert all(torch.equal(weights, before[name]) for name, weights in roles.policy_state().items())
+
+
+def test_a_team_that_cannot_share_evenly_is_told_which_could(roles: Roles) -> None:
+    with pytest.raises(
+        ValueError, match=r"64 rollouts in microbatches of 16 .* 3 processes: start 1, 2, 4, 8, 16"
+    ):
+        start(roles, team=Team(rank=0, size=3))
 
 
 def test_steps_grow_over_the_warm_up_and_shrink_after_it(roles: Roles) -> None:

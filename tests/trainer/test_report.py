@@ -49,6 +49,12 @@ METRICS: dict[str, Any] = {
     },
     "samples": [{"prompt": "<b>so?</b>", "before": "no", "after": "<script>alert(1)</script>"}],
 }
+TUNED = {
+    "method": "sft",
+    "epochs": [{"number": 0, "held_out_loss": 3.0}, {"number": 1, "held_out_loss": 1.0}],
+    "kept": 1,
+    "why": "all epochs were done",
+}
 SECTIONS = {
     "snapshot": "Learnt from",
     "reward_model": "Reward model",
@@ -57,6 +63,13 @@ SECTIONS = {
     "duel": "Duel",
     "samples": "Samples",
 }
+
+
+def test_it_says_how_demonstrations_were_learnt(tmp_path: Path) -> None:
+    path = tmp_path / report.REPORT
+    report.write(path, 7, "promoted", "It is live.", {"training": TUNED})
+    assert "Training (sft)" in path.read_text()
+    assert "Kept epoch 1 of 1: all epochs were done." in path.read_text()
 
 
 def test_it_says_all_that_was_measured(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from trainer.ppo import PPOSettings
 from trainer.publish import Lineage, publish
 from trainer.reward_model import RewardSettings
 from trainer.snapshot import Feedback
+from trainer.team import ALONE, Team
 
 RANK = 4
 SEED = 1
@@ -68,11 +69,11 @@ def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: len(iterations) - 1)
 
 
-def learn_and_publish(roles: Roles, folder: Path, recipe: Recipe = RECIPE) -> Path:
+def learn_and_publish(roles: Roles, folder: Path, recipe: Recipe = RECIPE, team: Team = ALONE) -> Path:
     """Votes become a published policy. Returns its folder."""
     watch = Unwatched()
     lesson = preferences.read(roles, VOTES, votes_per_user=100)
-    learned = learn(roles, lesson.preferences, GUARDS, recipe, SEED, checkpoints_in(folder), watch)
+    learned = learn(roles, lesson.preferences, GUARDS, recipe, SEED, checkpoints_in(folder), watch, team)
     lineage = Lineage(
         name=NAME,
         parent="policy-000000",

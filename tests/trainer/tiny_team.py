@@ -1,0 +1,140 @@
+"""What each of two processes does in the tests of a team, one thing after the other, as a launcher starts it: see `test_team.py`."""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers.utils import logging
+
+from tests.trainer.tiny_cycle import RANK, learn_and_publish, open_gate
+from tests.trainer.tiny_ppo import SETTINGS as PPO_SETTINGS
+from tests.trainer.tiny_ppo import start
+from trainer import followers, ppo, ppo_math
+from trainer.iterations import Iteration, NonFinite
+from trainer.models import Roles
+from trainer.ppo import PPO
+from trainer.rollouts import Rollout, Sampler
+from trainer.team import Parted, Team
+
+SETTINGS = replace(PPO_SETTINGS, iterations=4, rollouts=32, minibatch=16, microbatch=8, warmup=1)
+CUT_OFF_AFTER = 1
+
+
+class Killed(Exception):
+    pass
+
+
+def make_run(base: Path, team: Team) -> PPO:
+    torch.manual_seed(0)
+    return start(Roles.load(base, RANK), SETTINGS, team)
+
+
+def train_together(base: Path, folder: Path, team: Team) -> None:
+    """A whole run, and one that is cut off and taken up; each process writes down what it saw."""
+    sampled, read = list[int](), list[list[Rollout]]()
+    with pytest.MonkeyPatch.context() as patch:
+        _count_sampled(patch, sampled)
+        _keep_read(patch, read)
+        run = make_run(base, team)
+        outcome = ppo.train(run, folder / "whole", lambda _: None)
+    run_again = _cut_off_and_take_up(base, folder / "cut", team)
+    seen = {
+        "iterations": [asdict(iteration) for iteration in outcome.iterations],
+        "policy": run.roles.policy_state(),
+        "policy_taken_up": run_again.roles.policy_state(),
+        "sampled": sampled,
+        "rollouts": [[asdict(rollout) for rollout in rollouts] for rollouts in read],
+    }
+    torch.save(seen, folder / f"process-{team.rank}.pt")
+
+
+def _cut_off_and_take_up(base: Path, checkpoints: Path, team: Team) -> PPO:
+    def cut_off(iteration: Iteration) -> None:
+        if iteration.number == CUT_OFF_AFTER:
+            raise Killed
+
+    with pytest.raises(Killed):
+        ppo.train(make_run(base, team), checkpoints, cut_off)
+    run = make_run(base, team)
+    ppo.train(run, checkpoints, lambda _: None)
+    return run
+
+
+def _count_sampled(patch: pytest.MonkeyPatch, sampled: list[int]) -> None:
+    sample = Sampler.sample
+
+    def counting(self: Sampler, model: Any, prompts: Any, generator: torch.Generator) -> list[Rollout]:
+        sampled.append(len(prompts))
+        return sample(self, model, prompts, generator)
+
+    patch.setattr(Sampler, "sample", counting)
+
+
+def _keep_read(patch: pytest.MonkeyPatch, read: list[list[Rollout]]) -> None:
+    reading = PPO._read
+
+    def keeping(self: PPO, rollouts: Any) -> Any:
+        read.append(list(rollouts))
+        return reading(self, rollouts)
+
+    patch.setattr(PPO, "_read", keeping)
+
+
+def lead(base: Path, folder: Path, team: Team) -> None:
+    """A run that its follower spoils, a whole cycle, and a run that the leader leaves on its own."""
+    run = make_run(base, team)
+    with pytest.raises(NonFinite, match="loss became nan"), followers.called_to(run):
+        ppo.train(run, folder / "spoilt", lambda _: None)
+    assert team.in_step
+    with pytest.MonkeyPatch.context() as patch:
+        open_gate(patch)
+        learn_and_publish(Roles.load(base, RANK), folder, team=team)
+
+    def fail(_: Iteration) -> None:
+        raise OSError("No space left on device")
+
+    run = make_run(base, team)
+    with pytest.raises(OSError, match="No space"), followers.called_to(run):
+        ppo.train(run, folder / "failed", fail)
+    assert not team.in_step
+
+
+def follow(folder: Path, team: Team) -> None:
+    """Spoils its part of the first run's loss, and takes part in all that comes."""
+    sampled, spoilt = list[int](), iter([True])
+    loss = ppo_math.policy_loss
+
+    def spoil(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, clipped = loss(*arguments)
+        return losses * (float("nan") if next(spoilt, False) else 1.0), clipped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_math, "policy_loss", spoil)
+        _count_sampled(patch, sampled)
+        with pytest.raises(Parted):
+            followers.follow(team)
+    torch.save(sampled, folder / "followed.pt")
+
+
+def main() -> None:
+    base, folder = map(Path, sys.argv[1:])
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    team = Team.join()
+    with pytest.MonkeyPatch.context() as patch:
+        # bfloat16 would hide differences
+        patch.setattr("trainer.models.compute_dtype", lambda _: torch.float32)
+        train_together(base, folder, team)
+        if team.leads:
+            lead(base, folder, team)
+            dist.destroy_process_group()
+        else:
+            follow(folder, team)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What the processes do that do not lead: they wait for a PPO run, and take part in it as the leader's equals.
+
+All else of a cycle is the leader's alone (votes, reward models, gate, files, rows): it takes seconds, and needs no second opinion.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from trainer.iterations import NonFinite
+from trainer.models import Origin, Roles
+from trainer.ppo import PPO, PPOSettings, train
+from trainer.reward_model import Head
+from trainer.team import Team
+
+NOWHERE = Path()
+"""Followers write no checkpoints."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A PPO run before it begins: all that the leader's depends on."""
+
+    origin: Origin
+    policy: dict[str, Tensor]
+    ensemble: Head
+    judge: Head
+    prompts: Sequence[list[int]]
+    settings: PPOSettings
+    seed: int
+
+
+@contextmanager
+def called_to(run: PPO) -> Iterator[None]:
+    """For the leader: what it does within, `train` of this run, its followers do too."""
+    team = run.team
+    if team.size == 1:
+        yield
+        return
+    policy = run.roles.policy_state()
+    team.tell(Job(run.roles.origin, policy, run.ensemble, run.judge, run.prompts, run.settings, run.seed))
+    try:
+        yield
+    except NonFinite:  # which all of them raise
+        raise
+    except BaseException:
+        team.in_step = False
+        raise
+
+
+def follow(team: Team) -> None:
+    """Takes part in one run after the other, until the leader tells that there are no more (None)."""
+    while (job := team.tell(None)) is not None:
+        roles = Roles.load(*job.origin, device=team.device)
+        roles.load_policy_state(job.policy)
+        run = PPO(roles, job.ensemble, job.judge, job.prompts, job.settings, job.seed, team)
+        with suppress(NonFinite):
+            train(run, NOWHERE, lambda iteration: None)
