@@ -54,7 +54,8 @@ def called_to(run: PPO) -> Iterator[None]:
 def follow(team: Team) -> None:
     """Takes part in one run after the other, until the leader tells that there are no more (None)."""
     while (job := team.tell(None)) is not None:
-        roles = Roles.load(*job.origin, device=team.device)
+        origin: Origin = job.origin
+        roles = Roles.load(*origin, device=team.device)
         roles.load_policy_state(job.policy)
         run = PPO(roles, job.ensemble, job.judge, job.prompts, job.settings, job.seed, team)
         with suppress(NonFinite):
