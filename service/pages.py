@@ -1,7 +1,8 @@
-"""The page at `/`, what it is made of, and how the service is: health, metrics, status, models."""
+"""The pages at `/` and `/label`, what they are made of, and how the service is: health, metrics, status, models."""
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import FileResponse, PlainTextResponse
@@ -37,9 +38,24 @@ async def index() -> FileResponse:
     return FileResponse(WEB / "index.html", headers=PAGE_HEADERS)
 
 
+@router.get("/label", include_in_schema=False)
+async def labeler() -> FileResponse:
+    """The page on which labelers rank and write."""
+    return FileResponse(WEB / "labeler.html", headers=PAGE_HEADERS)
+
+
+class WebFiles(StaticFiles):
+    """Files with the pages' headers: a browser asks for each anew, so that no page is made of two versions."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
 def mount_files(app: FastAPI) -> None:
-    """Serve the page's script and style."""
-    app.mount("/web", StaticFiles(directory=WEB))
+    """Serve the pages' scripts and styles."""
+    app.mount("/web", WebFiles(directory=WEB))
 
 
 @router.get("/healthz")
