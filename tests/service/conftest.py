@@ -13,7 +13,7 @@ import httpx
 import psycopg
 import pytest
 import uvicorn
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from sqlalchemy.orm import Session
 
 from service import database as db
@@ -69,10 +69,10 @@ def serve(prepared: Settings) -> Iterator[Serve]:
 
 
 @contextlib.contextmanager
-def running(settings: Settings, connect: Connect | None) -> Iterator[uvicorn.Server]:
-    """A service in a thread of its own."""
+def running(settings: Settings, connect: Connect | None, port: int = 0) -> Iterator[uvicorn.Server]:
+    """A service in a thread of its own, at any port that is free if none is named."""
     config = uvicorn.Config(
-        create_app(settings, connect), port=0, log_level="warning", timeout_graceful_shutdown=5
+        create_app(settings, connect), port=port, log_level="warning", timeout_graceful_shutdown=5
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
@@ -121,16 +121,44 @@ def publish(rows: Rows, name: str, path: str | Path, parent: str = BASE) -> None
     rows("NOTIFY deployment")
 
 
+class Pages:
+    """Pages of one real browser. Any script error or refused resource on one of them is a fault."""
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser = browser
+        self.faults: list[str] = []
+
+    def open(
+        self, *, phone: bool = False, beside: Page | None = None, refusals: bool = False, **options: Any
+    ) -> Page:
+        """A page with a storage of its own, or `beside` another as a second tab. `refusals`: that calls fail is meant."""
+        options.setdefault(
+            "viewport", {"width": 390, "height": 780} if phone else {"width": 1280, "height": 800}
+        )
+        context = beside.context if beside else self._browser.new_context(has_touch=phone, **options)
+        page = context.new_page()
+        page.on("pageerror", lambda error: self.faults.append(str(error)))
+        page.on("console", lambda message: self._hear(message, refusals))
+        return page
+
+    def _hear(self, message: ConsoleMessage, refusals: bool) -> None:
+        if message.type == "error" and not (refusals and message.text.startswith("Failed to load resource")):
+            self.faults.append(message.text)
+
+
 @pytest.fixture
-def page() -> Iterator[Page]:
-    """A page that fails the test on any script error or refused resource."""
+def pages() -> Iterator[Pages]:
+    """A browser to open pages in; faults on them fail the test."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 780})
-        faults: list[str] = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-        yield page
+        opened = Pages(browser)
+        yield opened
         browser.close()
-    assert faults == []
+    assert opened.faults == []
+
+
+@pytest.fixture
+def page(pages: Pages) -> Page:
+    """One page, of a phone's size."""
+    return pages.open(phone=True)
