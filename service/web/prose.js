@@ -28,7 +28,7 @@ export class Prose {
     this.text = text;
     if (!isMarked(text)) {
       showPlain(this.element, text);
-      this.rendered = text;
+      this.rendered = text.trimEnd();
       this.tail = null;
       return;
     }
@@ -59,7 +59,7 @@ export class Prose {
         for (const link of parsed.querySelectorAll("a")) link.target = "_blank";
         this.element.replaceChildren(...parsed.body.childNodes);
       }
-      this.rendered = text;
+      this.rendered = text.trimEnd();   // Markdown drops the space after it
       this.showTail();
     });
     return this.asking;

@@ -71,13 +71,13 @@ def test_a_message_of_200_kilobytes_is_sent_shown_and_kept(serve: Serve, pages: 
     page.goto(str(serve(engine).base_url))
     long = "word <b> *mark* \U0001f34b " * 10_000
     say(page, long, two=False)
-    expect(page.locator(".answer .body")).to_have_text("That was long.")
+    expect(page.locator(".answer .body")).to_have_text("That was long.", timeout=30_000)
     assert engine.asked[-1][1][0].content == long.strip()
     box = page.locator(".bubble").bounding_box()
     assert box is not None
     assert box["height"] < 400
     page.reload()
-    expect(page.locator(".answer .body")).to_have_text("That was long.")
+    expect(page.locator(".answer .body")).to_have_text("That was long.", timeout=30_000)
     say(page, "x" * (1 << 20))
     expect(page.get_by_role("alert")).to_contain_text("Shorten the conversation")
     expect(page.get_by_label("Message", exact=True)).to_have_value("x" * (1 << 20))
