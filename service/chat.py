@@ -74,7 +74,8 @@ async def _checked(body: ChatRequest, identity: Identity, context: Context) -> A
     sampling = read_sampling(body, context)
     messages = read_messages(body.messages)
     if body.conversation is not None:
-        messages = await read_context(context.sessions, body.conversation, user) + messages
+        so_far = await read_context(context.sessions, body.conversation, user, body.follows)
+        messages = so_far + messages
     pairing = await _pairing(body, sampling, user, context)
     duel = _draw_duel(context) if pairing is not None else None
     policy = _policy(body.model, context)
@@ -96,6 +97,8 @@ def _check_fields(body: ChatRequest, context: Context) -> None:
         raise BadRequest("stream_options: only with `stream`.", param="stream_options", code="needs_stream")
     if body.top_logprobs is not None and not body.logprobs:
         raise BadRequest("top_logprobs: only with `logprobs`.", param="top_logprobs", code="needs_logprobs")
+    if body.follows is not None and body.conversation is None:
+        raise BadRequest("follows: only with `conversation`.", param="follows", code="needs_conversation")
     if body.model_extra and context.settings.unknown_fields == "refuse":
         name = next(iter(body.model_extra))[:64]
         raise BadRequest(f"There is no field {name!r}. Leave it out.", param=name, code="unknown_field")

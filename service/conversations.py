@@ -1,10 +1,13 @@
 """Conversations: begun, listed, read and deleted by their owner; and what a next turn's context is.
 
 A conversation's context is its last answered prompt and the reply that was chosen: by the vote on its comparison, else the
-one that was shown first.
+one that was shown first. A turn may follow an earlier reply instead (it was edited, or tried again): then the turns after that
+one stay on record, and the conversation goes on without them.
 """
 
 import secrets
+from collections.abc import Sequence
+from typing import Any
 
 from fastapi import APIRouter, Response
 from sqlalchemy import Select, func, select
@@ -31,6 +34,8 @@ from service.users import UserQuery, make_user
 router = APIRouter(tags=["conversations"])
 PATH = "/v1/conversations"
 TITLE_CHARACTERS = 80
+KEPT = ("stop", "length", "abort")
+"""Finish reasons of replies that a conversation goes on from."""
 
 
 @router.post(PATH, status_code=201)
@@ -94,12 +99,15 @@ async def read_conversation(
     """A conversation with all its turns. Policies stay hidden where a comparison has no vote yet."""
     async with context.sessions() as session:
         conversation = await _owned(session, conversation_id, identity.user(user))
-        rows = await session.execute(_turns(conversation_id).order_by(Prompt.id, ComparisonReply.position))
+        query = _turns(conversation_id).order_by(Prompt.id, ComparisonReply.position)
+        rows = (await session.execute(query)).all()
+        current = _path([(row.Prompt, row.Reply) for row in rows])
         turns: dict[int, TurnView] = {}
         for prompt, reply, _, comparison_id, choice in rows:
             turn = turns.setdefault(
                 prompt.id,
                 TurnView(
+                    current=prompt.id in current,
                     message=prompt.messages[-1]["content"],
                     comparison_id=comparison_id,
                     choice=choice,
@@ -135,18 +143,25 @@ async def delete_conversation(
 
 
 async def read_context(
-    sessions: async_sessionmaker[AsyncSession], conversation_id: str, user: UserName
+    sessions: async_sessionmaker[AsyncSession], conversation_id: str, user: UserName, follows: str | None
 ) -> list[Message]:
-    """The conversation so far, as the next turn begins. Raises NotFound where it is not this user's."""
+    """The conversation so far, as the next turn begins: up to the reply that it `follows`, else to the newest chosen one.
+
+    Raises NotFound where it is not this user's, or has no such reply.
+    """
     async with sessions() as session:
         await _owned(session, conversation_id, user)
-        query = (
-            _turns(conversation_id)
-            .where(Reply.content != "", Reply.finish_reason.in_(("stop", "length", "abort")))
-            .order_by(Prompt.id.desc(), ComparisonReply.position)
-            .limit(9)  # the replies of one comparison
+        query = _turns(conversation_id).where(Reply.content != "", Reply.finish_reason.in_(KEPT))
+        if follows:
+            query = query.where(Reply.id == follows)
+        query = query.order_by(Prompt.id.desc(), ComparisonReply.position).limit(9)  # of one comparison
+        rows = [] if follows == "" else (await session.execute(query)).all()
+    if follows and not rows:
+        raise NotFound(
+            "This conversation has no such reply that ended well. `follows` takes a `reply_id` of one of its answers.",
+            param="follows",
+            code="reply_not_found",
         )
-        rows = (await session.execute(query)).all()
     if not rows:
         return []
     prompt = rows[0].Prompt
@@ -154,6 +169,19 @@ async def read_context(
     wanted = 1 if last[0].choice == "second" else 0
     chosen = next((row for row in last if row.position == wanted), last[0]).Reply
     return [*(Message(**message) for message in prompt.messages), Message("assistant", chosen.content)]
+
+
+def _path(rows: Sequence[tuple[Prompt, Reply]]) -> set[int]:
+    """The prompts that the newest answered one goes on from, and itself: its messages tell. rows: in order of prompts."""
+    path: set[int] = set()
+    wanted: list[Any] | None = None
+    for prompt, reply in reversed(rows):
+        said = [*prompt.messages, {"role": "assistant", "content": reply.content}]
+        kept = bool(reply.content) and reply.finish_reason in KEPT
+        if kept and (wanted is None or wanted[: len(said)] == said):
+            path.add(prompt.id)
+            wanted = prompt.messages
+    return path
 
 
 def _turns(conversation_id: str) -> Select[Prompt, Reply, int | None, str | None, str | None]:

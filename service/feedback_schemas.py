@@ -9,6 +9,8 @@ from service.operator_schemas import Role
 from service.schemas import NUMBER, AtLeastOne, Flag, Messages, Name, Text
 
 MOST_REPLIES = 9
+MOST_MARKDOWN = 100_000
+"""Reading Markdown takes a core a few seconds per million characters."""
 Choice = Literal["first", "second", "tie", "neither"]
 Comment = Annotated[Text, Field(max_length=4000)]
 Tags = Annotated[list[Annotated[Text, Field(min_length=1, max_length=64)]], Field(max_length=16)]
@@ -126,6 +128,21 @@ class RankingAnswer(BaseModel):
     final_at: datetime = Field(description="Until when it can be changed or taken back.")
 
 
+class QueueItem(BaseModel):
+    """A prompt worth labelling."""
+
+    comparison_id: str = Field(description="The comparison that was voted on.")
+    choice: Literal["neither", "tie"] = Field(description="What the vote said.")
+    messages: list[dict[str, Any]] = Field(description="The conversation; the user's message is last.")
+    voted_at: datetime = Field(description="When.")
+
+
+class LabelingQueue(BaseModel):
+    """What is worth labelling next."""
+
+    data: list[QueueItem] = Field(description="The most worthwhile first.")
+
+
 class DemonstrationRequest(BaseModel):
     """A reply that a person wrote: to messages, or in place of a reply of ours."""
 
@@ -218,6 +235,9 @@ class ReplyView(BaseModel):
 class TurnView(BaseModel):
     """A turn of a conversation."""
 
+    current: bool = Field(
+        description="Whether the conversation goes on from it: false for one that failed, or that another took the place of."
+    )
     message: str = Field(description="What the user said.")
     comparison_id: str | None = Field(description="Where two replies were shown: their comparison.")
     choice: Choice | None = Field(description="The vote on it, if any.")
@@ -231,6 +251,33 @@ class ConversationDetail(BaseModel):
     id: str = Field(description="Its id.")
     created_at: datetime = Field(description="When it began.")
     turns: list[TurnView] = Field(description="The oldest first.")
+
+
+class MarkdownRequest(BaseModel):
+    """Texts to show."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"texts": ["A lemon is **yellow**."]}]})
+
+    texts: list[Annotated[Text, Field(max_length=MOST_MARKDOWN)]] = Field(
+        min_length=1,
+        max_length=MOST_REPLIES,
+        description=f"In Markdown; at most {MOST_MARKDOWN} characters in all.",
+    )
+
+    @field_validator("texts")
+    @classmethod
+    def _short_enough(cls, texts: list[str]) -> list[str]:
+        if sum(map(len, texts)) > MOST_MARKDOWN:
+            raise ValueError(
+                f"must be at most {MOST_MARKDOWN} characters in all; show longer ones as they are"
+            )
+        return texts
+
+
+class MarkdownAnswer(BaseModel):
+    """The texts as HTML."""
+
+    html: list[str] = Field(description="For each text, HTML without scripts, styles and images.")
 
 
 class UserSettings(BaseModel):

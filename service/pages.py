@@ -1,10 +1,11 @@
-"""The pages at `/` and `/operator`, what they are made of, and how the service is: health, status, models."""
+"""The pages at `/`, `/label` and `/operator`, what they are made of, and how the service is: health, status, models."""
 
 import asyncio
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from sqlalchemy import func, select
@@ -44,9 +45,24 @@ async def operator_page() -> FileResponse:
     return FileResponse(WEB / "operator.html", headers=PAGE_HEADERS)
 
 
+@router.get("/label", include_in_schema=False)
+async def labeler() -> FileResponse:
+    """The page on which labelers rank and write."""
+    return FileResponse(WEB / "labeler.html", headers=PAGE_HEADERS)
+
+
+class WebFiles(StaticFiles):
+    """Files with the pages' headers: a browser asks for each anew, so that no page is made of two versions."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
 def mount_files(app: FastAPI) -> None:
     """Serve the pages' scripts and styles, and Chart.js, which the operator's page loads."""
-    app.mount("/web", StaticFiles(directory=WEB))
+    app.mount("/web", WebFiles(directory=WEB))
     app.mount("/charts", StaticFiles(directory=CHARTS))
 
 

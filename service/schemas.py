@@ -196,6 +196,11 @@ class ChatRequest(BaseModel):
         description="A conversation from POST /v1/conversations that this turn goes on with: `messages` then holds only "
         "what is new, and the service puts the turns so far before it, each with the reply that was chosen.",
     )
+    follows: Annotated[Text, Field(max_length=200)] | None = Field(
+        None,
+        description="With `conversation`: the reply (its id) that this turn follows, in place of the newest turn's chosen one; "
+        "empty: none, it begins anew. So that an earlier turn can be edited or tried again.",
+    )
     n: Annotated[int, NUMBER, AfterValidator(_only_one), WithJsonSchema({"const": 1})] | None = Field(
         None, description="Only 1."
     )

@@ -1,7 +1,23 @@
-// The way to the service: who the user is, streamed answers, votes. Knows nothing of the page.
+// The way to the service: who the user is, calls, streamed answers. Knows nothing of the pages.
 
+import { keyHeaders } from "/web/key.js";
+
+// What went wrong, in words for people.
 export class Trouble extends Error {
-  constructor(message, code) { super(message); this.code = code; }
+  constructor(message, { code, status } = {}) {
+    super(message);
+    this.code = code;
+    this.status = status;
+  }
+
+  // Whether another key would help.
+  get needsKey() { return this.status === 401 || this.code?.startsWith("needs_") === true && this.status === 403; }
+}
+
+export function messageOf(error) {
+  if (error instanceof Trouble) return error.message;
+  console.error(error);
+  return "Something went wrong on this page. Load it again.";
 }
 
 // A random name, kept in this browser: a vote counts only from whom the comparison was shown to.
@@ -15,49 +31,56 @@ export function userName() {
   return name;
 }
 
-async function send(path, options) {
+async function send(method, path, { body, query, signal, user = true } = {}) {
+  const inBody = method === "POST" || method === "PUT";
+  const search = new URLSearchParams(user && !inBody ? { ...query, user: userName() } : query).toString();
+  const headers = { ...keyHeaders() };
+  if (inBody) headers["content-type"] = "application/json";
+  const content = inBody ? JSON.stringify(user ? { ...body, user: userName() } : body) : undefined;
   let response;
   try {
-    response = await fetch(path, options);
+    response = await fetch(search ? `${path}?${search}` : path, { method, headers, body: content, signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Trouble("The service cannot be reached. Is it still running?");
+    throw new Trouble("The service cannot be reached. Is it still running?", { code: "unreachable" });
   }
   if (response.ok) return response;
-  const body = await response.json().catch(() => ({}));
-  throw new Trouble(body.error?.message ?? `The service answered ${response.status}.`, body.error?.code);
+  const answer = await response.json().catch(() => ({}));
+  const seconds = response.headers.get("retry-after");
+  const message = answer.error?.message ?? `The service answered ${response.status}.`;
+  throw new Trouble(seconds ? `${message} (In about ${seconds} s.)` : message, {
+    code: answer.error?.code,
+    status: response.status,
+  });
 }
 
-function json(method, body, signal) {
-  return { method, body: JSON.stringify(body), signal, headers: { "content-type": "application/json" } };
+// call("PUT", "/v1/comparisons/cmp-1/vote", { body: { choice } }): the answer, or null where there is none.
+export async function call(method, path, options) {
+  const response = await send(method, path, options);
+  return response.status === 204 ? null : response.json();
 }
+
+export const segment = encodeURIComponent;
 
 // Yields OpenAI's chunks as they come. Throws Trouble for an error, and where the stream ends too early.
-export async function* chat(messages, comparison, signal) {
-  const body = { model: "ratchet", messages, comparison, stream: true, user: userName() };
-  const response = await send("/v1/chat/completions", json("POST", body, signal));
+export async function* chat(request, signal) {
+  const response = await send("POST", "/v1/chat/completions", { body: { ...request, stream: true }, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Trouble("The answer broke off. Try again.");
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      throw new Trouble("The connection was lost before the answer ended.", { code: "unreachable" });
+    });
+    if (done) throw new Trouble("The answer broke off before its end.");
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
       const data = event.replace(/^data: /, "");
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new Trouble(chunk.error.message, chunk.error.code);
+      if (chunk.error) throw new Trouble(chunk.error.message, { code: chunk.error.code });
       yield chunk;
     }
   }
-}
-
-export async function vote(comparisonId, choice) {
-  const path = `/v1/comparisons/${encodeURIComponent(comparisonId)}/vote`;
-  return (await send(path, json("PUT", { choice, user: userName() }))).json();
-}
-
-export async function status() {
-  return (await send("/v1/status", {})).json();
 }

@@ -98,6 +98,7 @@ class Walk:
         self._call("PUT", path, json={"ranks": [1, 2, 3, 4], "user": HEAVY}, headers=headers)
         for method, end in (("GET", ""), ("GET", "/history"), ("DELETE", "")):
             self._call(method, path + end, params={"user": HEAVY})
+        self._call("GET", "/v1/comparisons/queue")
 
     def demonstrate(self) -> None:
         reply = self._chat(user=HEAVY)["choices"][0]["reply_id"]
@@ -113,7 +114,8 @@ class Walk:
         for user in (HEAVY, self._light):
             made = self._call("POST", path, json={"user": user})["id"]
             for _ in range(3):
-                self._chat(conversation=made, user=user)
+                reply = self._chat(conversation=made, user=user)["choices"][0]["reply_id"]
+            self._chat(conversation=made, user=user, follows=reply)
             self._call("GET", f"{path}/{made}", params={"user": user})
             page = self._call("GET", path, params={"user": user})["data"]
             self._call("GET", path, params={"user": user, "before": page[-1]["id"], "limit": 100})
@@ -142,6 +144,7 @@ class Walk:
         self._call("DELETE", f"/operator/keys/{key['id']}")
 
     def look_around(self) -> None:
+        self._call("POST", "/v1/markdown", json={"texts": ["A lemon is **yellow**."]})
         for path in ("/healthz", "/readyz", "/v1/models", "/v1/models/ratchet", "/v1/status"):
             self._call("GET", path)
         for path in ("/metrics", "/metrics/engines/0"):

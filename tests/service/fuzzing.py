@@ -26,6 +26,7 @@ RULES_BETWEEN_FIELDS = {
     "import_refused",
     "last_message_not_user",
     "messages_or_corrects",
+    "needs_conversation",
     "needs_logprobs",
     "needs_stream",
     "no_comparison",

@@ -6,6 +6,7 @@ import sys
 import pytest
 from conftest import Rows, Serve
 
+from service.pages import WEB
 from tests.service.fake_engine import FakeEngine
 
 
@@ -44,13 +45,20 @@ def test_the_models_are_the_alias_and_what_is_loaded(serve: Serve) -> None:
 @pytest.mark.database
 def test_the_page_takes_nothing_from_other_hosts(serve: Serve) -> None:
     client = serve(FakeEngine())
-    page = client.get("/")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert "unsafe" not in page.headers["content-security-policy"]
-    for path in ("/web/page.js", "/web/api.js", "/web/style.css", "/web/icon.svg"):
-        answer = client.get(path)
+    for path in ("/", "/label"):
+        page = client.get(path)
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "unsafe" not in page.headers["content-security-policy"]
+    files = [file.name for file in WEB.iterdir() if file.suffix in (".js", ".css", ".html", ".svg")]
+    assert len(files) > 20
+    for name in files:
+        answer = client.get(f"/web/{name}")
         assert answer.status_code == 200
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["cache-control"] == "no-cache"
         assert "innerHTML" not in answer.text
+        assert "http://" not in answer.text.replace("http://www.w3.org/2000/svg", "")
+        assert "https://" not in answer.text
 
 
 @pytest.mark.database

@@ -22,7 +22,7 @@ VOTE = "/v1/comparisons/cmp-1/vote"
 RANKING = "/v1/comparisons/cmp-1/ranking"
 # Every call with a body, and in it every text field that it takes.
 FULL: dict[tuple[str, str], dict[str, Any]] = {
-    ("POST", CHAT): {**ask(), "stop": ["x"], "user": "ada", "conversation": "conv-1"},
+    ("POST", CHAT): {**ask(), "stop": ["x"], "user": "ada", "conversation": "conv-1", "follows": "r"},
     ("POST", "/v1/comparisons"): {"messages": [{"role": "user", "content": "hi"}], "user": "ada"},
     ("PUT", VOTE): {"choice": "first", "comment": "c", "tags": ["t"], "user": "ada"},
     ("PUT", RANKING): {"ranks": [1, 2], "comment": "c", "tags": ["t"], "user": "ada"},
@@ -35,6 +35,7 @@ FULL: dict[tuple[str, str], dict[str, Any]] = {
         "user": "ada",
     },
     ("POST", "/v1/conversations"): {"user": "ada"},
+    ("POST", "/v1/markdown"): {"texts": ["*hi*"]},
     ("PATCH", "/v1/users/me"): {"compares": True},
     ("POST", "/operator/keys"): {"account": "acme"},
     ("PUT", "/operator/replicas"): {"url": "http://127.0.0.1:8001", "state": "serving", "reason": "r"},
@@ -112,7 +113,7 @@ def test_nul_and_half_characters_are_refused_in_every_text(serve: Serve, bad: st
         for field, changed in spoilt(body, bad):
             refused(send(client, method, path, changed), param=field)
             num_texts += 1
-    assert num_texts == 30
+    assert num_texts == 32
     assert engine.asked == []
 
 
@@ -221,6 +222,7 @@ WRONG: dict[str, list[object]] = {
     "top_logprobs": [21, -1, "1", 1.5],
     "user": ["", "x" * 201, 5, []],
     "conversation": ["", "x" * 201, 5],
+    "follows": ["chatcmpl-1", "", "x" * 201, 5],
     "n": [0, -1, 2, 1_000_000_000, 10**30, "1", True, 1.5],
 }
 
@@ -259,6 +261,11 @@ WRONG_ELSEWHERE: list[tuple[str, str, object, str]] = [
     ("POST", "/v1/demonstrations", {"content": "x"}, "messages"),
     ("POST", "/v1/demonstrations", {**ask(), "content": " \n"}, "content"),
     ("POST", "/v1/demonstrations", {**ask(), "content": "x" * 100_001}, "content"),
+    ("POST", "/v1/markdown", {"texts": []}, "texts"),
+    ("POST", "/v1/markdown", {"texts": ["x"] * 10}, "texts"),
+    ("POST", "/v1/markdown", {"texts": ["x" * 100_001]}, "texts"),
+    ("POST", "/v1/markdown", {"texts": "x"}, "texts"),
+    ("GET", "/v1/comparisons/queue?limit=0", None, "limit"),
     ("PATCH", "/v1/users/me", {"compares": "no"}, "compares"),
     ("PATCH", "/v1/users/me", {"compares": 0}, "compares"),
     ("POST", "/operator/promote", {"policy": ""}, "policy"),

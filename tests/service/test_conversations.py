@@ -62,6 +62,71 @@ def test_a_turn_that_failed_is_not_context(serve: Serve) -> None:
     assert sent(engine) == ["hello", "one two", "again"]
 
 
+def reply_id(answer: dict[str, object], index: int = 0) -> str:
+    return str(answer["choices"][index]["reply_id"])  # type: ignore[index]
+
+
+def current(client: httpx.Client, conversation: str) -> list[tuple[str, bool]]:
+    turns = client.get(f"{PATH}/{conversation}", params={"user": "ada"}).json()["turns"]
+    return [(turn["message"], turn["current"]) for turn in turns]
+
+
+def test_a_turn_can_follow_an_earlier_reply_and_the_conversation_goes_on_from_there(serve: Serve) -> None:
+    engine = FakeEngine()
+    client = serve(engine)
+    conversation = begin(client)
+    first = say(client, conversation, "hello")
+    say(client, conversation, "and then?")
+    say(client, conversation, "or what?", follows=reply_id(first))
+    assert sent(engine) == ["hello", "one two", "or what?"]
+    say(client, conversation, "why?")
+    assert sent(engine) == ["hello", "one two", "or what?", "one two", "why?"]
+    assert current(client, conversation) == [
+        ("hello", True),
+        ("and then?", False),
+        ("or what?", True),
+        ("why?", True),
+    ]
+    say(client, conversation, "hello", follows="")
+    assert sent(engine) == ["hello"]
+    assert current(client, conversation)[-2:] == [("why?", False), ("hello", True)]
+
+
+def test_the_reply_that_is_followed_is_the_context_whatever_the_vote(serve: Serve) -> None:
+    engine = FakeEngine()
+    client = serve(engine)
+    conversation = begin(client)
+    answer = say(client, conversation, "hello", comparison="always")
+    texts = [item["message"]["content"] for item in answer["choices"]]  # type: ignore[attr-defined, index]
+    say(client, conversation, "more", follows=reply_id(answer, 1))
+    assert sent(engine) == ["hello", texts[1], "more"]
+    assert current(client, conversation) == [("hello", True), ("more", True)]
+
+
+def test_a_turn_that_failed_is_not_current(serve: Serve) -> None:
+    engine = FakeEngine()
+    client = serve(engine)
+    conversation = begin(client)
+    say(client, conversation, "hello")
+    engine.breaks_after = 1
+    assert client.post(CHAT, json=ask("lost", conversation=conversation, user="ada")).status_code == 503
+    assert current(client, conversation) == [("hello", True), ("lost", False)]
+
+
+def test_only_a_reply_of_this_conversation_that_ended_well_can_be_followed(serve: Serve) -> None:
+    client = serve(FakeEngine())
+    conversation, other = begin(client), begin(client)
+    elsewhere = reply_id(say(client, other, "hello"))
+    for fields, status, code in (
+        ({"conversation": conversation, "follows": elsewhere}, 404, "reply_not_found"),
+        ({"conversation": conversation, "follows": "chatcmpl-0"}, 404, "reply_not_found"),
+        ({"follows": elsewhere}, 400, "needs_conversation"),
+    ):
+        answer = client.post(CHAT, json=ask(user="ada", **fields))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert answer.json()["error"]["param"] == "follows"
+
+
 def test_a_conversation_is_listed_read_and_deleted_by_its_owner_alone(serve: Serve, rows: Rows) -> None:
     client = serve(FakeEngine())
     first, second = begin(client), begin(client)

@@ -1,0 +1,58 @@
+// Shows texts that stream at one pace: that of the slowest, so that speed does not tell two policies apart.
+// What has come is let out smoothly; with reduced motion, in few large steps.
+
+const TICK_MS = 50, STILL_TICK_MS = 600;
+const SHARE = 0.2;   // of what has come and is not shown yet, let out in a tick
+const LEAST = 3;     // characters in a tick
+
+export class Pace {
+  // show(texts): called with all that may be seen of each text.
+  constructor(count, show) {
+    this.texts = Array(count).fill("");
+    this.running = Array(count).fill(true);
+    this.shown = 0;
+    this.show = show;
+    this.still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    this.timer = setInterval(() => this.tick(), this.still ? STILL_TICK_MS : TICK_MS);
+    this.whole = new Promise((resolve) => { this.resolve = resolve; });
+  }
+
+  add(index, text) { this.texts[index] += text; }
+
+  end(index) { this.running[index] = false; }
+
+  // Shows all there is, at once: the stream was stopped, or broke off.
+  stop() {
+    this.running.fill(false);
+    this.shown = this.limit();
+    this.tick();
+  }
+
+  // How many characters of each text may be shown: where one has come no further, the other waits.
+  limit() {
+    const open = this.texts.filter((_, i) => this.running[i]);
+    return Math.min(...(open.length ? open : [this.longest()]).map((text) => text.length));
+  }
+
+  longest() { return this.texts.reduce((one, other) => (one.length > other.length ? one : other)); }
+
+  tick() {
+    const limit = this.limit();
+    const step = this.still ? Infinity : Math.max(LEAST, Math.ceil((limit - this.shown) * SHARE));
+    const shown = Math.max(this.shown, Math.min(limit, this.shown + step));
+    if (shown > this.shown || !this.running.includes(true)) {
+      this.shown = shown;
+      this.show(this.texts.map((text) => text.slice(0, boundary(text, shown))));
+    }
+    if (!this.running.includes(true) && shown >= this.longest().length) {
+      clearInterval(this.timer);
+      this.resolve();
+    }
+  }
+}
+
+// Not within a surrogate pair: half an emoji is no character.
+function boundary(text, end) {
+  const last = text.charCodeAt(end - 1);
+  return last >= 0xd800 && last <= 0xdbff ? end + 1 : end;
+}
