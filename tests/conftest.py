@@ -23,11 +23,14 @@ TEMPLATE = "ratchet_template"
 NUMBERS = itertools.count(1)
 
 
+OF_ONE_ENGINE = ("tests/clients/", "tests/deploy/", "tests/service/test_engine.py")
+
+
 class SideBySide(LoadScopeScheduling):  # type: ignore[misc]
-    """`-n 2`: the trainer's tests, which compute, beside all others, which wait for servers and start each only once."""
+    """`-n 2`: a file of tests is one worker's, and all that use the real vLLM are the same one's, so that it is started once."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "trainer" if nodeid.startswith("tests/trainer/") else "service"
+        return "engine" if nodeid.startswith(OF_ONE_ENGINE) else nodeid.split("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SideBySide:

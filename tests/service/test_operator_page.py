@@ -314,7 +314,7 @@ def test_a_restart_of_the_service_is_shown_and_then_it_goes_on(
     write_history(rows, tmp_path)
     settings = prepared.model_copy(update={"engine_urls": ("",), "duel_votes": 100})
     port = free_port()
-    with running(settings, lambda *_: [engine], port) as server:
+    with running(settings, lambda _: lambda _: engine, port) as server:
         page = loaded(open_page(address_of(server), refusals=True))
         page.get_by_role("button", name="Roll back").click()
         page.get_by_label("Why?").fill("It is curt.")
@@ -322,7 +322,7 @@ def test_a_restart_of_the_service_is_shown_and_then_it_goes_on(
     expect(page.get_by_role("dialog")).to_contain_text("The service cannot be reached.")
     expect(page.locator("#banner")).to_contain_text("The service cannot be reached.")
     expect(page.locator("#policies .card").first).to_contain_text(TWO)  # what was read before stays
-    with running(settings, lambda *_: [engine], port):
+    with running(settings, lambda _: lambda _: engine, port):
         expect(page.locator("#banner")).to_be_hidden(timeout=15_000)
         wait_until(lambda: ONE in engine.held)
         expect(page.locator("#health")).to_contain_text("Healthy")

@@ -174,7 +174,7 @@ def test_a_busy_service_says_so_plainly(serve: Serve, pages: Pages) -> None:
 def test_the_service_restarted_under_an_open_page(prepared: Settings, rows: Rows, pages: Pages) -> None:
     settings = prepared.model_copy(update={"duel_votes": 0})
     page = pages.open(phone=True, refusals=True)
-    with running(settings, lambda *_: [FakeEngine()]) as server:
+    with running(settings, lambda _: lambda _: FakeEngine()) as server:
         url = address_of(server)
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
         page.goto(url)
@@ -186,7 +186,7 @@ def test_the_service_restarted_under_an_open_page(prepared: Settings, rows: Rows
     expect(page.get_by_role("alert")).to_contain_text("The service cannot be reached.")
     expect(page.get_by_label("Message", exact=True)).to_have_value("and then?")
     shoot(page, "away-phone")
-    with running(settings, lambda *_: [FakeEngine()], port=int(url.split(":")[-1])):
+    with running(settings, lambda _: lambda _: FakeEngine(), port=int(url.split(":")[-1])):
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200)
         page.get_by_role("button", name="Vote after all").click()
         page.get_by_role("button", name="First").click()

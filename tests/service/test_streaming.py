@@ -18,7 +18,7 @@ CHAT = "/v1/chat/completions"
 def test_a_service_that_is_asked_to_stop_lets_running_replies_end(prepared: Settings, rows: Rows) -> None:
     engine = FakeEngine(replies=("one two three four five",), pause_seconds=0.3)
     with (
-        running(prepared, lambda *_: [engine]) as server,
+        running(prepared, lambda _: lambda _: engine) as server,
         httpx.Client(base_url=address_of(server)) as client,
     ):
         wait_until(lambda: client.get("/readyz").status_code == 200)

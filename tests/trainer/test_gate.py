@@ -70,7 +70,7 @@ def failed_as_anchor(candidate: Sample, likelier: torch.Tensor = LIKELIER, finit
     [
         ({}, []),
         ({"kl": 80.0}, []),  # it may leave the old anchor as far as it will
-        ({"judged": LIVE.judged - 0.01 + 0.1 * torch.linspace(1, -1, 100)}, []),
+        ({"judged": LIVE.judged - 0.005 + 0.1 * torch.linspace(1, -1, 100)}, []),
         ({"judged": LIVE.judged - 0.1 + 0.1 * torch.linspace(1, -1, 100)}, ["judge"]),
         ({"preference": -torch.ones(50)}, ["votes"]),
         ({"right": guard_shares(63)}, ["guard"]),
