@@ -5,7 +5,7 @@ a person wrote, teach most there. A labeler is shown the prompts of all users of
 """
 
 from fastapi import APIRouter
-from sqlalchemy import case, select
+from sqlalchemy import case, func, select
 
 from service.auth import LabelerDep
 from service.context import ContextDep
@@ -31,14 +31,21 @@ async def read_queue(
         .limit(LOOKED_AT)
         .subquery()
     )
-    query = (
-        select(newest.c.comparison_id, newest.c.choice, newest.c.created_at, Prompt.messages)
+    order = (case((newest.c.choice == "neither", 0), else_=1), newest.c.created_at.desc())
+    # Cut to the few that are shown before their prompts are looked up: for a thousand, PostgreSQL would read them all.
+    chosen = (
+        select(newest, func.row_number().over(order_by=order).label("place"))
         .join(User, User.id == newest.c.user_id)
-        .join(Comparison, Comparison.id == newest.c.comparison_id)
-        .join(Prompt, Prompt.id == Comparison.prompt_id)
         .where(User.account == identity.account, newest.c.choice.in_(("neither", "tie")))
-        .order_by(case((newest.c.choice == "neither", 0), else_=1), newest.c.created_at.desc())
+        .order_by(*order)
         .limit(limit)
+        .subquery()
+    )
+    query = (
+        select(chosen.c.comparison_id, chosen.c.choice, chosen.c.created_at, Prompt.messages)
+        .join(Comparison, Comparison.id == chosen.c.comparison_id)
+        .join(Prompt, Prompt.id == Comparison.prompt_id)
+        .order_by(chosen.c.place)
     )
     async with context.sessions() as session:
         rows = (await session.execute(query)).all()

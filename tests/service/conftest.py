@@ -59,12 +59,14 @@ def serve(prepared: Settings) -> Iterator[Serve]:
     """Start the service; gives a client. `serve(engine)` uses a fake, `serve(url=...)` a vLLM."""
     with contextlib.ExitStack() as stack:
 
-        def start(*fakes: FakeEngine, url: str = "", ready: bool = True, **changes: object) -> httpx.Client:
+        def start(
+            *fakes: FakeEngine, url: str = "", ready: bool = True, everywhere: bool = False, **changes: object
+        ) -> httpx.Client:
             # Without duels a challenger goes live at once: what most tests are about begins there.
             urls = tuple(fake.url for fake in fakes) or (url,)
             settings = prepared.model_copy(update={"engine_urls": urls, "duel_votes": 0, **changes})
             known = {fake.url: fake for fake in fakes}
-            connect_by: ConnectBy = (lambda _: partial(_reach, known)) if fakes else connect_vllm
+            connect_by: ConnectBy = (lambda _: partial(_reach, known, everywhere)) if fakes else connect_vllm
             server = stack.enter_context(running(settings, connect_by))
             client = stack.enter_context(httpx.Client(base_url=address_of(server), timeout=60))
             if ready:
@@ -74,9 +76,9 @@ def serve(prepared: Settings) -> Iterator[Serve]:
         yield start
 
 
-def _reach(known: dict[str, FakeEngine], url: str) -> FakeEngine:
-    """The engine at an address; where there is none, one that does not answer."""
-    return known.setdefault(url, FakeEngine(url=url, alive=False))
+def _reach(known: dict[str, FakeEngine], everywhere: bool, url: str) -> FakeEngine:
+    """The engine at an address; where there is none, one that does not answer, unless there is one `everywhere`."""
+    return known.setdefault(url, FakeEngine(url=url, alive=everywhere))
 
 
 @contextlib.contextmanager
