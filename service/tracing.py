@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 ERROR = Status(StatusCode.ERROR)
+EXPORT_SECONDS = 3.0
+"""For one batch, retries included: a collector that is away holds up the end of the service so long, and nothing else."""
 _tracer: Tracer | None = None
 
 
@@ -34,7 +36,7 @@ def start(endpoint: str | None, name: str) -> "TracerProvider | None":
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     provider = TracerProvider(resource=Resource.create({"service.name": name}))
-    exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")
+    exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_SECONDS)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     _tracer = provider.get_tracer("ratchet")
     return provider
