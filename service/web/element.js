@@ -2,7 +2,8 @@
 
 export const byId = (id) => document.getElementById(id);
 
-// make("button", { class: "plain", type: "button", onclick: f }, "Copy")
+// make("button", { class: "plain", type: "button", onclick: f }, "Copy"). Attributes that are null or false are left out, and so
+// are children that are null.
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -10,7 +11,7 @@ export function make(tag, attributes = {}, ...children) {
     else if (value === true) element.setAttribute(name, "");
     else if (value !== false && value != null) element.setAttribute(name, value);
   }
-  element.append(...children);
+  element.append(...children.filter((child) => child !== null));
   return element;
 }
 

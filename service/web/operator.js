@@ -5,7 +5,8 @@ import { Trouble, read } from "/web/operator_api.js";
 import { drawAccuracy, drawCalibration, drawCourse, drawDuels, drawReward, drawVotes } from "/web/operator_charts.js";
 import { offerMoves, prepareMoves } from "/web/operator_moves.js";
 import { showNow } from "/web/operator_now.js";
-import { byId, make, show, table } from "/web/operator_parts.js";
+import { byId, make } from "/web/element.js";
+import { show, table } from "/web/operator_parts.js";
 import { offerPolicies, prepareTalk, showSamples, showVotes } from "/web/operator_talk.js";
 
 const TICK_MS = 3_000;

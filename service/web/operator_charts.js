@@ -1,6 +1,7 @@
 // The operator's charts, by Chart.js (the global `Chart`): each with what it shows in words, and as a table.
 
-import { at, between, byId, make, percent, seconds, share, show, table, tally } from "/web/operator_parts.js";
+import { byId, make } from "/web/element.js";
+import { at, between, percent, seconds, share, show, table, tally } from "/web/operator_parts.js";
 
 const Chart = globalThis.Chart;
 Chart.defaults.animation = false;

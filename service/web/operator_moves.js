@@ -1,7 +1,8 @@
 // Promote, reject, roll back, start a cycle: each says what it will do before it is done, and takes the reason.
 
 import { Trouble, send } from "/web/operator_api.js";
-import { byId, make, tallyWords } from "/web/operator_parts.js";
+import { byId, make } from "/web/element.js";
+import { tallyWords } from "/web/operator_parts.js";
 
 const dialog = byId("move");
 

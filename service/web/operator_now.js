@@ -1,6 +1,7 @@
 // How it is now, what is being learnt, where the live policy comes from, and what happened: all from one overview.
 
-import { ago, at, bar, between, byId, make, percent, share, show, since, table, tally, tallyWords } from "/web/operator_parts.js";
+import { byId, make } from "/web/element.js";
+import { ago, at, bar, between, percent, share, show, since, table, tally, tallyWords } from "/web/operator_parts.js";
 
 const STAGES = ["snapshot", "reward_model", "training", "gate", "swap", "duel"];
 const WORDS = {

@@ -1,16 +1,6 @@
 // Small parts of the operator's page. What people or models wrote becomes text nodes, never markup.
 
-export const byId = (id) => document.getElementById(id);
-
-// make("p", { class: "quiet" }, "text", element, ...). Attributes that are null or false are left out.
-export function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : String(value));
-  }
-  element.append(...children.filter((child) => child !== null));
-  return element;
-}
+import { make } from "/web/element.js";
 
 // Rows of texts or elements. It may scroll sideways, and so can be reached by the keyboard.
 export function table(caption, head, rows) {

@@ -1,7 +1,8 @@
 // What was said: samples of one prompt across policies, votes with what they were on, and where a reply comes from.
 
 import { Trouble, ask, read } from "/web/operator_api.js";
-import { at, byId, make, show, table } from "/web/operator_parts.js";
+import { byId, make } from "/web/element.js";
+import { at, show, table } from "/web/operator_parts.js";
 
 let samples = [];
 let loaded = [];   // policies that can be asked now
