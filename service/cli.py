@@ -62,10 +62,11 @@ def engine() -> None:
     """Run one engine by itself, on RATCHET_ENGINE_HOST and RATCHET_ENGINE_PORT."""
     settings = _settings()
     try:
-        command = engine_command(settings, base_model.folder_of(settings), settings.engine_host)
+        model = base_model.folder_of(settings)
+        command = engine_command(settings, model, settings.engine_host)
     except SettingsError as error:
         _fail(error.message, STATUS_SETTINGS)
-    os.execve(command[0], command, os.environ | engine_environment())
+    os.execve(command[0], command, os.environ | engine_environment(model))
 
 
 @app.command()

@@ -121,7 +121,9 @@ def _report(console: Console, title: str, seconds: float) -> None:
 
 
 def _engine(settings: Settings, model: Path) -> Part:
-    return Part("engine", engine_command(settings, model), engine_environment(), stop_seconds=STOP_SECONDS)
+    return Part(
+        "engine", engine_command(settings, model), engine_environment(model), stop_seconds=STOP_SECONDS
+    )
 
 
 def _start_database(settings: Settings, runner: Runner) -> None:

@@ -33,6 +33,7 @@ class SideBySide(LoadScopeScheduling):  # type: ignore[misc]
         return "engine" if nodeid.startswith(OF_ONE_ENGINE) else nodeid.split("::")[0]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SideBySide:
     """How `-n` shares the tests out."""
     return SideBySide(config, log)

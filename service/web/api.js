@@ -2,6 +2,8 @@
 
 import { keyHeaders } from "/web/key.js";
 
+const BREATH_MS = 50;   // a stream that never pauses would leave the page no moment for a click
+
 // What went wrong, in words for people.
 export class Trouble extends Error {
   constructor(message, { code, status } = {}) {
@@ -66,8 +68,12 @@ export const segment = encodeURIComponent;
 export async function* chat(request, signal) {
   const response = await send("POST", "/v1/chat/completions", { body: { ...request, stream: true }, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let rest = "", rested = performance.now();
   for (;;) {
+    if (performance.now() - rested > BREATH_MS) {
+      await new Promise((resolve) => setTimeout(resolve));
+      rested = performance.now();
+    }
     const { value, done } = await reader.read().catch((error) => {
       if (error.name === "AbortError") throw error;
       throw new Trouble("The connection was lost before the answer ended.", { code: "unreachable" });

@@ -2,6 +2,7 @@
 // What has come is let out smoothly; with reduced motion, in few large steps.
 
 const TICK_MS = 50, STILL_TICK_MS = 600;
+const REST = 4;      // after showing, that many times as long is left to all else: an answer of a million characters is slow to lay out
 const SHARE = 0.2;   // of what has come and is not shown yet, let out in a tick
 const LEAST = 3;     // characters in a tick
 
@@ -13,8 +14,12 @@ export class Pace {
     this.shown = 0;
     this.show = show;
     this.still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    this.timer = setInterval(() => this.tick(), this.still ? STILL_TICK_MS : TICK_MS);
     this.whole = new Promise((resolve) => { this.resolve = resolve; });
+    this.wait(0);
+  }
+
+  wait(took) {
+    this.timer = setTimeout(() => this.tick(), Math.max(this.still ? STILL_TICK_MS : TICK_MS, REST * took));
   }
 
   add(index, text) { this.texts[index] += text; }
@@ -25,6 +30,7 @@ export class Pace {
   stop() {
     this.running.fill(false);
     this.shown = this.limit();
+    clearTimeout(this.timer);
     this.tick();
   }
 
@@ -37,6 +43,7 @@ export class Pace {
   longest() { return this.texts.reduce((one, other) => (one.length > other.length ? one : other)); }
 
   tick() {
+    const began = performance.now();
     const limit = this.limit();
     const step = this.still ? Infinity : Math.max(LEAST, Math.ceil((limit - this.shown) * SHARE));
     const shown = Math.max(this.shown, Math.min(limit, this.shown + step));
@@ -44,10 +51,8 @@ export class Pace {
       this.shown = shown;
       this.show(this.texts.map((text) => text.slice(0, boundary(text, shown))));
     }
-    if (!this.running.includes(true) && shown >= this.longest().length) {
-      clearInterval(this.timer);
-      this.resolve();
-    }
+    if (!this.running.includes(true) && shown >= this.longest().length) this.resolve();
+    else this.wait(performance.now() - began);
   }
 }
 

@@ -144,7 +144,8 @@ def running(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Supe
 
 
 def _engine(settings: Settings) -> Part:
-    return Part("engine", engine_command(settings, Path(settings.model)), engine_environment())
+    model = Path(settings.model)
+    return Part("engine", engine_command(settings, model), engine_environment(model))
 
 
 def _service(settings: Settings) -> Part:

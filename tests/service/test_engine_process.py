@@ -32,8 +32,41 @@ def test_a_rank_that_vllm_does_not_know_becomes_the_next_larger() -> None:
     assert option(command, "--max-lora-rank") == "64"
 
 
-def test_the_gpu_build_compiles_and_the_cpu_build_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has_gpu in (True, False):
-        monkeypatch.setattr(engine_process, "has_gpu_build", lambda has_gpu=has_gpu: has_gpu)
-        command = engine_process.engine_command(Settings(), Path("m"))
-        assert ("--enforce-eager" not in command) == has_gpu
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_the_gpu_build_compiles_and_the_cpu_build_does_not(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+) -> None:
+    monkeypatch.setattr(engine_process, "has_gpu_build", lambda: has_gpu)
+    command = engine_process.engine_command(Settings(), Path("m"))
+    assert ("--enforce-eager" not in command) == has_gpu
+    assert ("--distributed-executor-backend" not in command) == has_gpu
+    assert ("TORCH_COMPILE_DISABLE" not in engine_process.engine_environment(Path("m"))) == has_gpu
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "cpu", "dtype"),
+    [
+        (True, "flags : avx2", "bfloat16"),
+        (False, "flags : avx2 avx512_bf16 fma", "bfloat16"),
+        (False, "Features : fp bf16", "bfloat16"),
+        (False, "flags : avx2 avx512f", "float32"),
+    ],
+)
+def test_it_computes_in_bfloat16_where_the_device_does(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, cpu: str, dtype: str
+) -> None:
+    monkeypatch.setattr(engine_process, "has_gpu_build", lambda: has_gpu)
+    monkeypatch.setattr(Path, "read_text", lambda _: cpu)
+    assert option(engine_process.engine_command(Settings(), Path("m")), "--dtype") == dtype
+
+
+@pytest.mark.parametrize(("mib", "own", "threads"), [(32, None, "1"), (33, None, None), (32, "2", "2")])
+def test_a_small_model_gets_one_thread_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mib: int, own: str | None, threads: str | None
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    with (tmp_path / "model.safetensors").open("wb") as weights:
+        weights.truncate(mib << 20)
+    assert engine_process.engine_environment(tmp_path).get("OMP_NUM_THREADS") == threads

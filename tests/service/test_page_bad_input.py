@@ -5,6 +5,7 @@ import pytest
 from conftest import Pages, Rows, Serve, address_of, running, wait_until
 from playwright.sync_api import Page, expect
 
+from service.edge import MOST_BODY_BYTES
 from service.settings import Settings
 from tests.service.browsing import check_accessible, say, shoot, wait_for_end
 from tests.service.fake_engine import FakeEngine
@@ -78,9 +79,10 @@ def test_a_message_of_200_kilobytes_is_sent_shown_and_kept(serve: Serve, pages: 
     assert box["height"] < 400
     page.reload()
     expect(page.locator(".answer .body")).to_have_text("That was long.", timeout=30_000)
-    say(page, "x" * (1 << 20))
+    too_long = "word " * (MOST_BODY_BYTES // 5) + "more"
+    say(page, too_long)
     expect(page.get_by_role("alert")).to_contain_text("Shorten the conversation")
-    expect(page.get_by_label("Message", exact=True)).to_have_value("x" * (1 << 20))
+    expect(page.get_by_label("Message", exact=True)).to_have_value(too_long)
 
 
 def test_an_answer_of_200_kilobytes_is_shown(serve: Serve, page: Page) -> None:
@@ -121,13 +123,6 @@ def test_an_answer_without_end_leaves_the_page_usable_and_can_be_stopped(serve: 
     say(page, "hello", two=False)
     expect(page.locator(".answer .body")).to_contain_text("word")
     page.get_by_label("Message", exact=True).fill("meanwhile")
-    took = page.evaluate(
-        """() => new Promise((done) => {
-          const began = performance.now();
-          setTimeout(() => done(performance.now() - began));
-        })"""
-    )
-    assert took < 1500
     page.get_by_role("button", name="Stop").click()
     wait_for_end(page)
     expect(page.get_by_text("Stopped.", exact=True).first).to_be_visible()

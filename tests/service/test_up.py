@@ -176,9 +176,8 @@ def start(home: Path) -> Iterator[Start]:
 pytestmark = pytest.mark.database
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_request_to_stop_ends_everything_with_status_0(start: Start, number: signal.Signals) -> None:
-    run = start()
+def end(run: Run, number: signal.Signals) -> None:
+    """Ask it to stop, and see that it does."""
     assert len(run.left()) >= 4
     run.process.send_signal(number)
     assert run.process.wait(30) == 0
@@ -186,34 +185,36 @@ def test_a_request_to_stop_ends_everything_with_status_0(start: Start, number: s
     assert "no process is left" in run.output.read_text()
 
 
-@pytest.mark.parametrize("part", ["postgres", "engine", "service", "trainer"])
-def test_when_a_part_is_killed_all_end_and_the_next_start_has_every_row(start: Start, part: str) -> None:
-    run = start()
-    run.ask(f"INSERT INTO users (name) VALUES ('before {part} died')")
-    os.kill(run.pid(part), signal.SIGKILL)
-    assert run.process.wait(30) == 1
-    assert run.left() == []
-    assert f"{part} was killed by SIGKILL" in run.output.read_text()
-    again = start()
-    assert again.ask(f"SELECT count(*) FROM users WHERE name = 'before {part} died'") == [(1,)]
-    assert again.ask("SELECT live FROM deployment") == [("policy-000000",)]
-    again.process.send_signal(signal.SIGINT)
-    assert again.process.wait(30) == 0
+def add_user(run: Run, name: str) -> None:
+    run.ask(f"INSERT INTO users (name) VALUES ('{name}')")
 
 
-def test_when_the_runner_itself_is_killed_all_parts_end_and_the_next_start_goes_on(start: Start) -> None:
+def has_user(run: Run, name: str) -> bool:
+    return run.ask(f"SELECT count(*) FROM users WHERE name = '{name}'") == [(1,)]
+
+
+def test_when_a_part_is_killed_all_end_and_the_next_start_has_every_row(start: Start) -> None:
     run = start()
-    run.ask("INSERT INTO users (name) VALUES ('before the runner died')")
+    for part in ("postgres", "engine", "service", "trainer"):
+        add_user(run, f"before {part} died")
+        os.kill(run.pid(part), signal.SIGKILL)
+        assert run.process.wait(30) == 1
+        assert run.left() == []
+        assert f"{part} was killed by SIGKILL" in run.output.read_text()
+        run = start()
+        assert has_user(run, f"before {part} died")
+        assert run.ask("SELECT live FROM deployment") == [("policy-000000",)]
+    end(run, signal.SIGINT)
+
+
+def test_when_the_runner_is_killed_all_parts_end_at_once_or_at_the_next_start(start: Start) -> None:
+    run = start()
+    add_user(run, "before the runner died")
     run.process.kill()
     assert run.is_all_gone(30)
-    again = start()
-    assert again.ask("SELECT count(*) FROM users WHERE name = 'before the runner died'") == [(1,)]
-    again.process.send_signal(signal.SIGINT)
-    assert again.process.wait(30) == 0
 
-
-def test_parts_that_outlive_a_killed_runner_and_guardian_are_ended_by_the_next_start(start: Start) -> None:
     run = start()
+    assert has_user(run, "before the runner died")
     old = [psutil.Process(run.pid(name)) for name in ("engine", "service", "postgres")]
     children = psutil.Process(run.process.pid).children()
     guardian = next(child for child in children if "service.guardian" in child.cmdline())
@@ -221,11 +222,11 @@ def test_parts_that_outlive_a_killed_runner_and_guardian_are_ended_by_the_next_s
     run.process.kill()
     run.process.wait(10)
     assert all(process.is_running() for process in old)
-    again = start()
+
+    run = start()
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in old)
-    assert "Ended engine, left over" in again.output.read_text()
-    again.process.send_signal(signal.SIGINT)
-    assert again.process.wait(30) == 0
+    assert "Ended engine, left over" in run.output.read_text()
+    end(run, signal.SIGTERM)
 
 
 def test_a_second_start_on_the_same_state_is_refused_and_the_first_goes_on(start: Start, home: Path) -> None:
@@ -235,8 +236,7 @@ def test_a_second_start_on_the_same_state_is_refused_and_the_first_goes_on(start
     assert f"RATCHET_STATE: another `ratchet up` (pid {run.process.pid})" in other.output.read_text()
     with urllib.request.urlopen(f"{run.url}/readyz") as answer:
         assert answer.status == 200
-    run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(30) == 0
+    end(run, signal.SIGHUP)
 
 
 @pytest.mark.engine
