@@ -28,6 +28,8 @@ from trainer.reward_model import Head, read_features
 from trainer.rollouts import Rollout, Sampler
 
 NUM_SHOWN = 10
+NUM_ANSWERS = 256
+"""Replies to the held-out prompts, at least, that a policy is judged by."""
 GUARD_DRAWS = 4
 """Replies to each guard prompt: right answers and faults are shares, and a share of few replies says little."""
 WATCHED = 64
@@ -98,9 +100,9 @@ def draw_sample(
     guards: Sequence[Guard],
     seed: int,
 ) -> Sample:
-    """Answers of the policy that `roles` holds now: at least 256 to the prompts, `GUARD_DRAWS` to each guard prompt."""
+    """Answers of the policy that `roles` holds now: at least `NUM_ANSWERS` to the prompts, `GUARD_DRAWS` to each guard prompt."""
     generator = torch.Generator(device=roles.device).manual_seed(seed)
-    prompts = [*prompts] * math.ceil(256 / max(1, len(prompts)))
+    prompts = [*prompts] * math.ceil(NUM_ANSWERS / max(1, len(prompts)))
     with roles.acting_as(POLICY):
         rollouts = sampler.sample(roles.model, prompts, generator)
         guarded = _answer_guards(roles, sampler, guards, generator)

@@ -199,9 +199,9 @@ def side_by_side(live: gate.Sample, candidate: gate.Sample) -> list[dict[str, st
 
 
 def anchor_features(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]], seed: int) -> Tensor:
-    """[256, F] of replies by the anchor, which every score is scaled to."""
+    """[NUM_ANSWERS, F] of replies by the anchor, which every score is scaled to."""
     generator = torch.Generator(device=roles.device).manual_seed(seed)
-    drawn = [prompts[index % len(prompts)] for index in range(256)]
+    drawn = [prompts[index % len(prompts)] for index in range(gate.NUM_ANSWERS)]
     with roles.acting_as(REFERENCE):
         rollouts = sampler.sample(roles.model, drawn, generator)
     return reward_model.read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])

@@ -3,8 +3,8 @@
 
 const TICK_MS = 50, STILL_TICK_MS = 600;
 const REST = 4;      // after showing, that many times as long is left to all else: an answer of a million characters is slow to lay out
-const SHARE = 0.2;   // of what has come and is not shown yet, let out in a tick
-const LEAST = 3;     // characters in a tick
+const SHARE = 0.2;   // of what has come and is not shown yet, let out in TICK_MS
+const LEAST = 3;     // characters in TICK_MS
 
 export class Pace {
   // show(texts): called with all that may be seen of each text.
@@ -18,7 +18,9 @@ export class Pace {
     this.wait(0);
   }
 
+  // took: ms that the last showing did.
   wait(took) {
+    this.since = performance.now();
     this.timer = setTimeout(() => this.tick(), Math.max(this.still ? STILL_TICK_MS : TICK_MS, REST * took));
   }
 
@@ -45,7 +47,9 @@ export class Pace {
   tick() {
     const began = performance.now();
     const limit = this.limit();
-    const step = this.still ? Infinity : Math.max(LEAST, Math.ceil((limit - this.shown) * SHARE));
+    const ticks = (began - this.since) / TICK_MS;
+    const share = 1 - (1 - SHARE) ** ticks;
+    const step = this.still ? Infinity : Math.ceil(Math.max(LEAST * ticks, (limit - this.shown) * share));
     const shown = Math.max(this.shown, Math.min(limit, this.shown + step));
     if (shown > this.shown || !this.running.includes(true)) {
       this.shown = shown;

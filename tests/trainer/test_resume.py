@@ -13,7 +13,7 @@ from tests.tiny_model import make_family
 from tests.trainer.tiny_cycle import NAME, checkpoints_in, policies_in, run_trainer
 
 KILLS = 10
-ITERATIONS = 6
+ITERATIONS = 4
 # Processes are forked from one that has paid for the imports and has no threads, which the tests' own may have.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.trainer.tiny_cycle"])

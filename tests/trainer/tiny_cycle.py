@@ -63,7 +63,8 @@ class Unwatched:
 
 
 def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model learns nothing that a gate would let pass, or a judge like."""
+    """A random model learns nothing that a gate would let pass, or a judge like; and a few answers show that as well."""
+    monkeypatch.setattr(gate, "NUM_ANSWERS", 32)
     passing = gate.Check("test", 1.0, 1.0, True, "let pass")
     monkeypatch.setattr(gate, "decide", lambda *_, **__: gate.Verdict([passing]))
     monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: len(iterations) - 1)
