@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from service import metrics
 from service.duels import Match
@@ -27,6 +28,40 @@ MAX_PROBED_TOKENS = 48
 """Positions that one verification measures, spread evenly over the manifest's probe."""
 PROBES_AT_ONCE = 4
 """Few, so that a verification does not push users' requests aside."""
+NOISE_FACTOR = 4.0
+LEAST_TOLERANCE = 0.001
+"""Nats a token. An adapter adds roundings of its own to the base's: a policy may be off by so many times what the base is off by
+in the same engine at the same tokens, and this."""
+
+
+class Place(NamedTuple):
+    """A token to probe, and the log-probabilities that the manifest names."""
+
+    prefix: list[int]
+    token: int
+    policy: float
+    base: float
+
+
+def _places(manifest: Manifest) -> list[Place]:
+    """At most `MAX_PROBED_TOKENS`, spread evenly. Raises PolicyRefused where there are none."""
+    places = [
+        Place(probe.token_ids[:i], token, policy, base)
+        for probe in manifest.probe
+        for i, (token, policy, base) in enumerate(
+            zip(probe.token_ids, probe.logprobs, probe.base_logprobs, strict=False)
+        )
+        if i > 0 and policy is not None and base is not None
+    ]
+    if not places:
+        raise PolicyRefused("its probe holds no log-probability")
+    return places[:: math.ceil(len(places) / MAX_PROBED_TOKENS)]
+
+
+def _differ(what: str, gap: float, allowed: float) -> str:
+    return (
+        f"the engine's {what} differ from the manifest's by {gap:.4f} nats a token (allowed: {allowed:.4f})"
+    )
 
 
 class Replica:
@@ -105,28 +140,25 @@ class Replica:
             metrics.REPLICA_HEALTHY.labels(self.url).set(healthy)
 
     async def verify(self, policy: str, manifest: Manifest) -> None:
-        """Accept a loaded policy that reproduces its probe. Raises PolicyRefused, EngineUnavailable."""
-        gap = await self.probe_gap(policy, manifest)
+        """Accept a loaded policy that reproduces its probe. Raises PolicyRefused, EngineUnavailable.
+
+        How exact an engine computes depends on its device and dtype, and is not guessed: the base, which it certainly holds, is asked
+        for the same tokens, and what that is off by is this engine's noise.
+        """
+        places = _places(manifest)
+        noise = await self._gap(BASE, [(place.prefix, place.token, place.base) for place in places])
+        if not noise <= manifest.probe_tolerance:  # also for NaN
+            raise PolicyRefused(_differ("base's log-probabilities", noise, manifest.probe_tolerance))
+        gap = await self._gap(policy, [(place.prefix, place.token, place.policy) for place in places])
         metrics.PROBE_GAP.labels(policy).set(gap)
-        if not gap <= manifest.probe_tolerance:  # also for NaN
-            raise PolicyRefused(
-                f"the engine's log-probabilities differ from the manifest's by {gap:.3f} nats a token "
-                f"(allowed: {manifest.probe_tolerance:.3f})"
-            )
+        allowed = min(manifest.probe_tolerance, LEAST_TOLERANCE + NOISE_FACTOR * noise)
+        if not gap <= allowed:
+            raise PolicyRefused(_differ("log-probabilities", gap, allowed))
         self.verified.add(policy)
         self.refused.pop(policy, None)
 
-    async def probe_gap(self, policy: str, manifest: Manifest) -> float:
-        """Mean absolute difference to the manifest's log-probabilities, in nats a token."""
-        places = [
-            (probe.token_ids[:i], probe.token_ids[i], expected)
-            for probe in manifest.probe
-            for i, expected in enumerate(probe.logprobs)
-            if i > 0 and expected is not None
-        ]
-        if not places:
-            raise PolicyRefused("its probe holds no log-probability")
-        places = places[:: math.ceil(len(places) / MAX_PROBED_TOKENS)]
+    async def _gap(self, policy: str, places: Sequence[tuple[list[int], int, float]]) -> float:
+        """Mean absolute difference to what is expected of (prefix, token), in nats a token."""
         turns = asyncio.Semaphore(PROBES_AT_ONCE)
 
         async def gap(prefix: list[int], token: int, expected: float) -> float:

@@ -17,7 +17,6 @@ from service import embedded, schema
 from service.database import database_url
 from service.settings import ALIASES, Settings, get_settings
 from tests.engine import free_port, running_engine
-from tests.tiny_model import make_model
 
 TEMPLATE = "ratchet_template"
 NUMBERS = itertools.count(1)
@@ -84,6 +83,8 @@ def database(database_server: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny_model import make_model  # imports torch, which the process that only shares tests out need not
+
     return make_model(tmp_path_factory.mktemp("models") / "base")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -129,12 +129,19 @@ def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3) -> P
         "name": folder.name,
         "parent": "policy-000000",
         "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (weights, config)},
-        "probe": [{"token_ids": ids, "logprobs": read_logprobs(model, ids)} for ids in PROBE],
+        "probe": [make_probe(model, ids) for ids in PROBE],
         "probe_tolerance": 0.2,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "READY").touch()
     return folder
+
+
+def make_probe(model: PeftModel, ids: list[int]) -> dict[str, object]:
+    """What the policy gives each token, and what the base does."""
+    with model.disable_adapter():
+        base = read_logprobs(model, ids)
+    return {"token_ids": ids, "logprobs": read_logprobs(model, ids), "base_logprobs": base}
 
 
 def read_logprobs(model: torch.nn.Module, ids: list[int]) -> list[float | None]:

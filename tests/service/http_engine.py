@@ -14,8 +14,6 @@ from aiohttp import web
 
 from service.policies import BASE
 
-LOGPROB = -2.0
-"""Of every token."""
 LOOK_SECONDS = 0.02
 
 
@@ -66,7 +64,8 @@ class HttpEngine:
     async def _complete(self, request: web.Request) -> web.Response:
         body = await request.json()
         await self._pass("probe" if "allowed_token_ids" in body else "token")
-        return web.json_response({"choices": [{"text": "x", "logprobs": {"token_logprobs": [LOGPROB]}}]})
+        logprob = -1.0 if body["model"] == BASE else -2.0
+        return web.json_response({"choices": [{"text": "x", "logprobs": {"token_logprobs": [logprob]}}]})
 
     async def _load(self, request: web.Request) -> web.Response:
         name = (await request.json())["lora_name"]

@@ -14,11 +14,12 @@ from service.settings import Settings
 from tests.adapters import write_policy
 
 NAME = "policy-000001"
+PROBE = [{"token_ids": [1, 2], "logprobs": [None, -1.0], "base_logprobs": [None, -2.0]}]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return write_policy(tmp_path / NAME, probe=[{"token_ids": [1, 2], "logprobs": [None, -1.0]}])
+    return write_policy(tmp_path / NAME, probe=PROBE)
 
 
 def test_a_whole_folder_is_read(folder: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import Rows, Serve, ask, publish, wait_until
 
+from service.policies import BASE
 from tests.adapters import write_policy
 from tests.service.fake_engine import FakeEngine
 
@@ -15,18 +16,23 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A policy whose probe expects -2 nats for each token."""
+    """A policy whose probe expects -2 nats for each token, and -1 of the base."""
     return make_folder(tmp_path / "policy-000001")
 
 
 def make_folder(path: Path) -> Path:
-    return write_policy(path, probe=[{"token_ids": [1, 2, 3], "logprobs": [None, -2.0, -2.0]}])
+    probe = {
+        "token_ids": [1, 2, 3],
+        "logprobs": [None, -2.0, -2.0],
+        "base_logprobs": [None, -1.0, -1.0],
+    }
+    return write_policy(path, probe=[probe])
 
 
 def test_a_challenger_that_reproduces_its_probe_goes_live_and_can_be_rolled_back(
     serve: Serve, rows: Rows, folder: Path
 ) -> None:
-    client = serve(FakeEngine(logprobs={folder.name: -2.05}))
+    client = serve(FakeEngine(logprobs={folder.name: -2.05, BASE: -1.02}))
     publish(rows, folder.name, folder)
     wait_until(lambda: rows(POINTER) == [(folder.name, "policy-000000", None)])
     assert rows("SELECT state FROM policies WHERE name = %s", folder.name) == [("verified",)]
@@ -36,17 +42,28 @@ def test_a_challenger_that_reproduces_its_probe_goes_live_and_can_be_rolled_back
     assert client.post(CHAT, json=ask()).headers["x-ratchet-policy"] == "policy-000000"
 
 
-@pytest.mark.parametrize("logprob", [-1.0, float("nan")])
+@pytest.mark.parametrize(
+    ("logprob", "base_logprob", "reason"),
+    [
+        (-1.0, -1.0, "differ from the manifest's by 1.0000 nats a token (allowed: 0.0010)"),
+        (float("nan"), -1.0, "log-probabilities differ"),
+        (-2.01, -1.0, "by 0.0100 nats a token (allowed: 0.0010)"),
+        (-2.06, -1.01, "by 0.0600 nats a token (allowed: 0.0410)"),  # an engine that computes less exactly
+        (-2.11, -1.05, "by 0.1100 nats a token (allowed: 0.1000)"),  # never more than the manifest says
+        (-2.0, -1.2, "the engine's base's log-probabilities differ"),
+        (-2.0, float("nan"), "the engine's base's log-probabilities differ"),
+    ],
+)
 def test_stale_or_broken_weights_are_refused_and_live_stays(
-    serve: Serve, rows: Rows, folder: Path, logprob: float
+    serve: Serve, rows: Rows, folder: Path, logprob: float, base_logprob: float, reason: str
 ) -> None:
-    engine = FakeEngine(logprobs={folder.name: logprob})
+    engine = FakeEngine(logprobs={folder.name: logprob, BASE: base_logprob})
     client = serve(engine)
     publish(rows, folder.name, folder)
     wait_until(lambda: rows(POINTER) == [("policy-000000", None, None)])
-    [(state, reason)] = rows("SELECT state, reason FROM policies WHERE name = %s", folder.name)
+    [(state, said)] = rows("SELECT state, reason FROM policies WHERE name = %s", folder.name)
     assert state == "refused"
-    assert "log-probabilities differ" in reason
+    assert reason in said
     assert client.post(CHAT, json=ask() | {"model": folder.name}).status_code == 404
     wait_until(lambda: engine.held == {"policy-000000"})
 

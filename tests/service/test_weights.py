@@ -15,7 +15,7 @@ from service.weights import CONFIG, WEIGHTS, check_adapter
 from tests.adapters import ADAPTER, MODULE, safetensors, write_base, write_policy
 
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
-PROBE = [{"token_ids": [1, 2], "logprobs": [None, -1.0]}]
+PROBE = [{"token_ids": [1, 2], "logprobs": [None, -1.0], "base_logprobs": [None, -1.0]}]
 RIGHT = safetensors(ADAPTER)
 
 
