@@ -134,25 +134,25 @@ make_venv() {
 }
 
 install_torch() {
-    step "torch $torch, CPU build" $pip install --no-deps --retries 1 \
+    step "torch $torch, CPU build" $install --retries 1 \
         --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
 }
 
 install_ratchet() {
     [ "$kind" = gpu ] || install_torch
-    step "packages of $lock" $pip install --no-deps --progress-bar off -r "$lock"
-    step "ratchet" $pip install --no-deps --no-build-isolation --editable .
+    step "packages of $lock" $install -r "$lock"
+    step "ratchet" $install --no-build-isolation --editable .
 }
 
 install_peers() {
-    step "packages of $lock" $pip install --no-deps --progress-bar off -r "$lock"
+    step "packages of $lock" $install -r "$lock"
     step "openai for Node" "$venv/bin/npm" --prefix "$node" ci
 }
 
 # Without Ratchet itself: whatever runs here is given the clone's root as its path.
 install_trl() {
     install_torch
-    step "packages of $lock" $pip install --no-deps --progress-bar off -r "$lock"
+    step "packages of $lock" $install -r "$lock"
 }
 
 # Both take one core each, to unpack. Asked for again at the end, for nothing where it went well, else for its error.
@@ -164,7 +164,7 @@ install_peers_meanwhile() {
 [ "$kind" != test ] || install_peers_meanwhile
 pip="$venv/bin/pip --disable-pip-version-check --no-input"
 # Python compiles what is imported as it comes. Most of these packages never is, and compiling it took a fifth of the time.
-export PIP_NO_COMPILE=1
+install="$pip install --no-deps --no-compile --progress-bar off"
 if [ ! -e "$stamp" ]; then
     make_venv
     case $kind in
