@@ -8,7 +8,7 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock"
 LOCK_CPU := $(LOCK) pyproject.toml requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo bench-duel bench-learning bench-swap bench-fleet clean lock
+.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo bench-duel bench-learning bench-swap bench-fleet bench-worse clean lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -17,9 +17,10 @@ up: ## set everything up and run it on http://127.0.0.1:8000, until Ctrl-C
 	@sh deploy/setup.sh $(BUILD)
 	@exec $(VENV)/bin/python -m service.cli up
 
-demo: ## simulated users chat and vote, and the terminal shows the loop learn; TASTE=warm SEEDS="0 1 2"
+demo: ## simulated users chat and vote, and the terminal shows the loop learn; TASTE=warm SEEDS="0 1 2" CYCLES=2 VOTES=480
 	@sh deploy/setup.sh $(BUILD)
-	@exec $(VENV)/bin/python -m trainer.simulate $(if $(TASTE),--taste $(TASTE)) $(if $(SEEDS),--seeds $(SEEDS))
+	@exec $(VENV)/bin/python -m trainer.simulate $(if $(TASTE),--taste $(TASTE)) $(if $(SEEDS),--seeds $(SEEDS)) \
+		$(if $(CYCLES),--cycles $(CYCLES)) $(if $(VOTES),--votes $(VOTES))
 
 test: ## set everything up and run all tests: real PostgreSQL, vLLM and browser
 	@sh deploy/setup.sh test
@@ -72,6 +73,10 @@ bench-swap: ## 20 swaps under 32 streams: failed and mixed replies, gaps, delays
 bench-fleet: ## two replicas under load, one killed with -9 again and again: replies cut, failed, answered elsewhere; KILLS=10
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.fleet $(if $(KILLS),--kills $(KILLS))
+
+bench-worse: ## a policy that was trained to be worse: what the gate, a trial and the watch after a forced promotion make of it; TASTE=warm SEED=0
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.worse $(if $(TASTE),--taste $(TASTE)) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove what was installed and cached; the state folder stays
 	rm -rf .venv .venv-gpu .venv-peers .venv-trl tests/clients/node/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -83,7 +83,9 @@ def database(database_server: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny_model import make_model  # imports torch, which the process that only shares tests out need not
+    from tests.tiny_model import (
+        make_model,
+    )  # imports torch, which the process that only shares tests out need not
 
     return make_model(tmp_path_factory.mktemp("models") / "base")
 

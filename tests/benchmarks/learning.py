@@ -73,7 +73,7 @@ def main() -> None:
     """Run and report."""
     options = _options()
     torch.set_num_threads(options.threads)
-    starter = _starter(options.state)
+    starter = make_starter(options.state)
     runs: list[Run] = []
     print(f"{options.votes} votes, {options.flip:.0%} of them turned round\n")
     print(as_markdown(COLUMNS, []), end="", flush=True)
@@ -155,7 +155,7 @@ def _mean(values: Sequence[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
 
 
-def _starter(state: Path) -> Path:
+def make_starter(state: Path) -> Path:
     """The starter of seed 0, kept."""
     folder = state / "starter"
     command = [sys.executable, "-m", "trainer.starter", "--out", str(folder), "--seed", "0"]

@@ -32,19 +32,24 @@ class Operator:
         self._policies = iter(policies)
         self._http = http
 
+    async def propose(self) -> str:
+        """The next policy is published; the service goes on from there. Returns its name."""
+        policy = next(self._policies)
+        await asyncio.to_thread(self._publish, policy)
+        return policy.name
+
     async def promote(self) -> Swap:
         """The next policy goes live: published, loaded and verified by the service, then called live."""
-        policy = next(self._policies)
         old = await self._live()
         began = perf_counter()
-        await asyncio.to_thread(self._publish, policy)
+        name = await self.propose()
         while perf_counter() - began < VERIFY_SECONDS:
             called = perf_counter()
             status, answer = await self._call("/operator/promote")
             if status == 200:
                 return Swap("promotion", old, answer["live"], began, called, perf_counter())
             await asyncio.sleep(POLL_SECONDS)  # it is not verified yet
-        raise RuntimeError(f"{policy.name} did not go live: {answer}")
+        raise RuntimeError(f"{name} did not go live: {answer}")
 
     async def roll_back(self) -> Swap:
         """Live and previous policy change places."""

@@ -1,1 +1,0 @@
-"""Real clients against the service. A package, so that its conftest.py is not mistaken for that of tests/service."""

@@ -9,10 +9,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from conftest import Rows
-
 from service.duel import Rules, Tally, decide
 from service.tables import CHOICES
+from tests.service.conftest import Rows
 from tests.service.test_reconciler import make_folder
 
 BASE, ONE, TWO, THREE = (f"policy-{number:06d}" for number in range(4))

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Rows, Serve
 
 from service.pages import WEB
+from tests.service.conftest import Rows, Serve
 from tests.service.fake_engine import FakeEngine
 
 

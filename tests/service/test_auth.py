@@ -1,10 +1,10 @@
 """Who asks, and what they may do: without a key, and with one."""
 
 import pytest
-from conftest import Rows, Serve, ask
 from fastapi import Request
 
 from service.auth import is_from_this_machine
+from tests.service.conftest import Rows, Serve, ask
 from tests.service.fake_engine import FakeEngine
 
 CHAT = "/v1/chat/completions"

@@ -8,12 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Rows, Serve, ask
 
 from service.app import create_app
 from service.edge import MOST_BODY_BYTES
 from service.schemas import MOST_MESSAGES
 from service.settings import Settings
+from tests.service.conftest import Rows, Serve, ask
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.database

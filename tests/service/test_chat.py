@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Rows, Serve, ask, chunks, wait_until
 
 from service.journal import Journal
+from tests.service.conftest import Rows, Serve, ask, chunks, wait_until
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.database

@@ -1,8 +1,8 @@
 """Demonstrations and corrections: written, listed, deleted."""
 
 import pytest
-from conftest import Rows, Serve, ask
 
+from tests.service.conftest import Rows, Serve, ask
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.database

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from conftest import Rows, Serve, ask
 from playwright.sync_api import Page, expect
 
 from service.app import create_app
 from service.settings import Settings
+from tests.service.conftest import Rows, Serve, ask
 from tests.service.fake_engine import FakeEngine
 
 METHODS = {"get", "put", "post", "delete", "patch"}

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from conftest import Rows, Serve, publish, wait_until
 from openai.types.chat import ChatCompletionMessageParam
 
+from tests.service.conftest import Rows, Serve, publish, wait_until
 from tests.tiny_model import make_policy
 
 pytestmark = [pytest.mark.engine, pytest.mark.database]

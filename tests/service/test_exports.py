@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Rows, Serve, wait_until
 
+from tests.service.conftest import Rows, Serve, wait_until
 from tests.service.fake_engine import FakeEngine
 from tests.service.transfer import KINDS, ODD, download, empty, give_feedback, upload
 

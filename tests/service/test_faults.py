@@ -12,7 +12,6 @@ from pathlib import Path
 import httpx
 import psycopg
 import pytest
-from conftest import Rows, Serve, ask, chunks, publish, wait_until
 
 from service import database as db
 from service import engine as engine_door
@@ -29,6 +28,7 @@ from tests.benchmarks.durability_parts import (
     wait_until_answering,
 )
 from tests.engine import free_port
+from tests.service.conftest import Rows, Serve, ask, chunks, publish, wait_until
 from tests.service.fake_engine import FakeEngine
 from tests.service.http_engine import HttpEngine, running_http_engine
 from tests.service.test_reconciler import make_folder

@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Rows, Serve, ask, chunks, command_line, publish, wait_until
 
 from service import fleet, reconciler
 from service.errors import EngineGone, EngineUnavailable
+from tests.service.conftest import Rows, Serve, ask, chunks, command_line, publish, wait_until
 from tests.service.fake_engine import FakeEngine
 from tests.service.test_reconciler import make_folder
 

@@ -4,8 +4,8 @@ import os
 
 import httpx
 import pytest
-from conftest import Rows, Serve
 
+from tests.service.conftest import Rows, Serve
 from tests.service.fake_engine import FakeEngine
 from tests.service.fuzzing import Report, fuzz, take_files
 from tests.service.transfer import KINDS, download, give_feedback

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
-from conftest import Rows, Serve, command_line
 from sqlalchemy import text
 
 from service import database as db
@@ -22,6 +21,7 @@ from service import exports
 from service.formats import UserRecord
 from service.intake import Users
 from service.settings import Settings
+from tests.service.conftest import Rows, Serve, command_line
 from tests.service.fake_engine import FakeEngine
 from tests.service.test_formats import ASKED, BLUE, GREEN
 from tests.service.transfer import KINDS, ODD, download, empty, give_feedback, upload

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from conftest import Rows, wait_until
 
 from service import database as db
 from service.engine import Message, Sampling
@@ -13,6 +12,7 @@ from service.journal import Begun, Ended, Journal, Stored, UserName
 from service.pairing import Pairing
 from service.policies import BASE
 from service.settings import Settings
+from tests.service.conftest import Rows, wait_until
 
 pytestmark = pytest.mark.database
 SAMPLING = Sampling(8, 1.0, 1.0, 0.0, ("x",), None, 0.0, 0.0)

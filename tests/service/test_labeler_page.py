@@ -1,10 +1,10 @@
 """The labelers' page, in a real browser: answers put in order by mouse and by keys, corrected, and written."""
 
 import pytest
-from conftest import Pages, Rows, Serve, ask
 from playwright.sync_api import Page, expect
 
 from tests.service.browsing import check_accessible, shoot
+from tests.service.conftest import Pages, Rows, Serve, ask
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = [pytest.mark.browser, pytest.mark.database]

@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from conftest import Serve, ask
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from service.errors import Overloaded, TooManyRequests
 from service.journal import UserName
 from service.limits import Limits, Rate
 from service.settings import Settings
+from tests.service.conftest import Serve, ask
 from tests.service.fake_engine import FakeEngine
 
 ADA, BOB = UserName("", "ada"), UserName("", "bob")

@@ -4,8 +4,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Rows, Serve, ask
 
+from tests.service.conftest import Rows, Serve, ask
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.database

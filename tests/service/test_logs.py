@@ -16,11 +16,11 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Rows, ask, wait_until
 
 from service import logs
 from service.settings import Settings
 from tests.engine import free_port
+from tests.service.conftest import Rows, ask, wait_until
 
 CHAT = "/v1/chat/completions"
 CLOSE = {"connection": "close"}

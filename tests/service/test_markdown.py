@@ -4,11 +4,11 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-from conftest import Serve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.markdown import ATTRIBUTES, SCHEMES, TAGS, render
+from tests.service.conftest import Serve
 from tests.service.fake_engine import FakeEngine
 
 

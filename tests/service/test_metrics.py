@@ -6,11 +6,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Rows, Serve, ask, publish, wait_until
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import metrics
+from tests.service.conftest import Rows, Serve, ask, publish, wait_until
 from tests.service.fake_engine import FakeEngine
 
 CHAT = "/v1/chat/completions"

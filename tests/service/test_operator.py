@@ -1,8 +1,8 @@
 """The operator's API."""
 
 import pytest
-from conftest import Rows, Serve
 
+from tests.service.conftest import Rows, Serve
 from tests.service.fake_engine import FakeEngine
 
 

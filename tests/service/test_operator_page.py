@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from conftest import Pages, Rows, Serve, address_of, running, wait_until
 from playwright.sync_api import Page, expect
 
 from service.settings import Settings
 from tests.engine import free_port
+from tests.service.conftest import Pages, Rows, Serve, address_of, running, wait_until
 from tests.service.fake_engine import FakeEngine
 from tests.service.history import BASE, NUM_VOTES, ONE, THREE, TWO, Given, write_history, write_votes
 

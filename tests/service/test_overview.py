@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Rows, Serve, ask
 
 from service.duel import find_interval
+from tests.service.conftest import Rows, Serve, ask
 from tests.service.fake_engine import FakeEngine
 from tests.service.history import (
     ASKED,

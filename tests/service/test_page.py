@@ -1,7 +1,6 @@
 """The chat page, in a real browser, on a desk and on a phone."""
 
 import pytest
-from conftest import Pages, Rows, Serve, ask
 from playwright.sync_api import Page, expect
 
 from tests.service.browsing import (
@@ -13,6 +12,7 @@ from tests.service.browsing import (
     shoot,
     wait_for_end,
 )
+from tests.service.conftest import Pages, Rows, Serve, ask
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = [pytest.mark.browser, pytest.mark.database]

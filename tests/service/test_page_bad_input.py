@@ -2,11 +2,11 @@
 
 import httpx
 import pytest
-from conftest import Pages, Rows, Serve, address_of, running, wait_until
 from playwright.sync_api import Page, expect
 
 from service.settings import Settings
 from tests.service.browsing import check_accessible, say, shoot, wait_for_end
+from tests.service.conftest import Pages, Rows, Serve, address_of, running, wait_until
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = [pytest.mark.browser, pytest.mark.database]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import Rows, wait_until
 from pydantic import SecretStr
 
 from service import preparation, settings
 from service.errors import SettingsError
 from service.settings import Settings, get_settings
 from tests.engine import free_port
+from tests.service.conftest import Rows, wait_until
 
 KEY = "rk-" + "5f" * 32
 

@@ -1,11 +1,11 @@
 """Rankings of several replies: made, given, revised, undone."""
 
 import pytest
-from conftest import Rows, Serve
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.rankings import dense
+from tests.service.conftest import Rows, Serve
 from tests.service.fake_engine import FakeEngine
 
 PROMPT = [{"role": "user", "content": "hi"}]

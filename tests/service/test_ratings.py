@@ -4,11 +4,11 @@ import math
 from typing import Any
 
 import pytest
-from conftest import Rows, Serve, command_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.bradley_terry import PRIOR, Tally, fit
+from tests.service.conftest import Rows, Serve, command_line
 from tests.service.fake_engine import FakeEngine
 
 BASE, ONE, TWO, THREE = (f"policy-00000{number}" for number in range(4))

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from conftest import Rows, Serve, ask, publish, wait_until
 
 from service.policies import BASE
 from tests.adapters import write_policy
+from tests.service.conftest import Rows, Serve, ask, publish, wait_until
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.database

@@ -6,8 +6,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Rows, Serve, ask, publish, wait_until
 
+from tests.service.conftest import Rows, Serve, ask, publish, wait_until
 from tests.service.fake_engine import FakeEngine
 from tests.service.test_reconciler import make_folder
 

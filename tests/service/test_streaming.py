@@ -5,10 +5,10 @@ import socket
 
 import httpx
 import pytest
-from conftest import Rows, Serve, address_of, ask, running, wait_until
 
 from service import streaming
 from service.settings import Settings
+from tests.service.conftest import Rows, Serve, address_of, ask, running, wait_until
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.database

@@ -1,9 +1,9 @@
 """Removal: nothing of a user is left, and who learnt from them is said."""
 
 import pytest
-from conftest import Rows, Serve, ask
 
 from service.tables import Table
+from tests.service.conftest import Rows, Serve, ask
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.database

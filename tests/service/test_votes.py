@@ -2,8 +2,8 @@
 
 import httpx
 import pytest
-from conftest import Rows, Serve, ask
 
+from tests.service.conftest import Rows, Serve, ask
 from tests.service.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.database

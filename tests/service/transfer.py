@@ -1,8 +1,8 @@
 """What the tests of exports and imports share: feedback of every kind, and a way to empty the database."""
 
 import httpx
-from conftest import Rows, ask
 
+from tests.service.conftest import Rows, ask
 from tests.service.fake_engine import FakeEngine
 
 ODD = 'Caf\u00e9 \u2028 "\\" \u0001\n\t\U0001f34b'
