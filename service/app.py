@@ -125,7 +125,6 @@ def create_app(settings: Settings, connect_by: ConnectBy = connect_vllm) -> Fast
         OperationalError,
         InterfaceError,
         IntegrityError,
-        Exception,
     ):
         app.add_exception_handler(kind, handle_error)
     return app

@@ -4,6 +4,7 @@ And what is told of it when it has ended: a count, in JSON logs a line, with tra
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 
@@ -15,7 +16,9 @@ from service import logs, metrics, tracing
 from service.auth import is_loopback
 from service.context import Context
 from service.errors import DeadlineExceeded, RatchetError, TooLarge
+from service.streaming import CLIENT_CLOSED
 
+log = logging.getLogger("ratchet.edge")
 MOST_BODY_BYTES = 1 << 20
 UNHURRIED = ("/operator/export", "/operator/import")
 """Take as long, and carry as much, as they need."""
@@ -51,12 +54,16 @@ class Edge:
         with tracing.serving(scope, request) as span:
             try:
                 await self._pass_on(scope, receive, identified)
-            except RatchetError as error:
+            except Exception as error:
+                if not isinstance(error, RatchetError):
+                    log.exception("a request ended in an unexpected error")
                 if not status:
                     response = await self._answer(Request(scope), error)
                     await response(scope, receive, identified)
+                elif not isinstance(error, RatchetError):
+                    raise  # what was begun must not look whole
             finally:
-                status = status or 500  # nothing was answered: whoever is around us does
+                status = status or CLIENT_CLOSED  # nothing was answered, as nobody waits
                 route = getattr(scope.get("route"), "path", NOT_ROUTED)
                 metrics.REQUESTS.labels(route, status).inc()
                 logs.log_request(scope["method"], route, status, time.monotonic() - began)

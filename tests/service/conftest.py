@@ -104,11 +104,11 @@ def address_of(server: uvicorn.Server) -> str:
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
-    """Look ten times a second. Raises AssertionError when the time is over."""
+    """Look fifty times a second. Raises AssertionError when the time is over."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it did not become true in time"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def command_line(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
@@ -165,20 +165,32 @@ class Pages:
         page.on("console", lambda message: self._hear(message, refusals))
         return page
 
+    def close(self) -> None:
+        """All pages, and what they stored."""
+        for context in self._browser.contexts:
+            context.close()
+
     def _hear(self, message: ConsoleMessage, refusals: bool) -> None:
         if message.type == "error" and not (refusals and message.text.startswith("Failed to load resource")):
             self.faults.append(message.text)
 
 
-@pytest.fixture
-def pages() -> Iterator[Pages]:
-    """A browser to open pages in; faults on them fail the test."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A real Chromium, started once in a file of tests."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        opened = Pages(browser)
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield opened
-        browser.close()
+        opened.close()
+
+
+@pytest.fixture
+def pages(browser: Browser) -> Iterator[Pages]:
+    """Pages of this test alone; faults on them fail it."""
+    opened = Pages(browser)
+    yield opened
+    opened.close()
     assert opened.faults == []
 
 
