@@ -16,7 +16,7 @@ from tests.benchmarks.swap_clients import Exchange
 WINDOW = 8
 """Tokens that are judged together: one alone may be as likely under both policies."""
 TOLERANCE = 0.3
-"""Nats a token, mean over a window: further off, the window is not of that policy. The engine computes in bfloat16."""
+"""Nats a token, mean over a window: further off, the window is not of that policy. An engine may compute in bfloat16."""
 TOKEN_ID = "token_id:"
 
 
