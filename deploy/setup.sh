@@ -133,6 +133,11 @@ make_venv() {
     : >"$log"
 }
 
+# What is not Python, such as a template, fails, which is as well.
+compile() {
+    "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3*/site-packages || true
+}
+
 install_torch() {
     step "torch $torch, CPU build" $install --retries 1 \
         --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
@@ -141,11 +146,13 @@ install_torch() {
 install_ratchet() {
     [ "$kind" = gpu ] || install_torch
     step "packages of $lock" $install -r "$lock"
+    step "compiling them" compile
     step "ratchet" $install --no-build-isolation --editable .
 }
 
 install_peers() {
     step "packages of $lock" $install -r "$lock"
+    step "compiling them" compile
     step "openai for Node" "$venv/bin/npm" --prefix "$node" ci
 }
 
@@ -153,6 +160,7 @@ install_peers() {
 install_trl() {
     install_torch
     step "packages of $lock" $install -r "$lock"
+    step "compiling them" compile
 }
 
 # Both take one core each, to unpack. Asked for again at the end, for nothing where it went well, else for its error.
@@ -163,7 +171,7 @@ install_peers_meanwhile() {
 
 [ "$kind" != test ] || install_peers_meanwhile
 pip="$venv/bin/pip --disable-pip-version-check --no-input"
-# Python compiles what is imported as it comes. Most of these packages never is, and compiling it took a fifth of the time.
+# Compiled afterwards by all cores: pip uses one, and is a third of its time at it.
 install="$pip install --no-deps --no-compile --progress-bar off"
 if [ ! -e "$stamp" ]; then
     make_venv
