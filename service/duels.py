@@ -11,6 +11,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.duel import Tally
+from service.settings import Settings
 from service.tables import Deployment, Duel, Vote
 
 MANY_USERS = 50
@@ -54,7 +55,8 @@ async def begin(
     """Begin a duel; one that still runs is stopped for it. votes_per_user: 0 lets the number of users decide."""
     running = await read_open(session)
     if running is not None:
-        await end(session, running, "stopped", f"{challenger} is on trial now." if kind == "trial" else None)
+        now = "is on trial" if kind == "trial" else "is live"
+        await end(session, running, "stopped", f"{challenger} {now} now.")
     duel = Duel(
         kind=kind,
         challenger=challenger,
@@ -64,6 +66,13 @@ async def begin(
     session.add(duel)
     await session.flush()
     return duel
+
+
+async def watch(session: AsyncSession, deployment: Deployment, settings: Settings) -> None:
+    """Go on comparing what has gone live, by whomever, with the policy before it, unless the settings say not to."""
+    wanted = settings.duel_votes > 0 and settings.watch_share > 0
+    if wanted and deployment.previous is not None:
+        await begin(session, "watch", deployment.live, deployment.previous, settings.duel_votes_per_user)
 
 
 async def _choose_votes_per_user(session: AsyncSession) -> int:

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Path
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service import metrics, policies, ratings
+from service import duels, metrics, policies, ratings
 from service.auth import OPERATOR_ONLY, OperatorDep
 from service.context import Context, ContextDep
 from service.errors import Conflict, EngineUnavailable, NotFound
@@ -69,6 +69,8 @@ async def promote(
             )
         _check_ready(challenger, context)
         deployment = await policies.promote(session, challenger)
+        if deployment is not None:
+            await duels.watch(session, deployment, context.settings)
         record(session, identity, "promote", challenger, body.reason if body else None)
     metrics.SWAPS.labels("promoted").inc()
     return _moved(deployment, context)

@@ -104,11 +104,7 @@ class Referee:
             return None
         metrics.SWAPS.labels("promoted").inc()
         log.info("%s is live", challenger)
-        watches = self._settings.duel_votes > 0 and self._settings.watch_share > 0
-        if watches and deployment.previous is not None:
-            await duels.begin(
-                session, "watch", deployment.live, deployment.previous, self._settings.duel_votes_per_user
-            )
+        await duels.watch(session, deployment, self._settings)
         return deployment
 
 

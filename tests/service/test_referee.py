@@ -226,6 +226,7 @@ def test_an_operator_ends_a_trial_either_way_and_it_is_on_record(
     client = begin_trial(serve, rows, engine, tmp_path)
     assert client.post("/operator/promote", json={"reason": "looks good"}).json()["live"] == NEW
     wait_until(lambda: rows(DUELS)[0] == ("trial", NEW, BASE, "stopped"))
+    assert rows(DUELS)[1] == ("watch", NEW, BASE, None)  # forced live, it may still lose
     assert client.post("/operator/rollback").json()["live"] == BASE
     publish(rows, "policy-000002", make_folder(tmp_path / "policy-000002"))
     engine.logprobs["policy-000002"] = -2.0
