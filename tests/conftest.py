@@ -83,9 +83,8 @@ def database(database_server: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny_model import (
-        make_model,
-    )  # imports torch, which the process that only shares tests out need not
+    # It imports torch, which the process that only shares tests out need not.
+    from tests.tiny_model import make_model
 
     return make_model(tmp_path_factory.mktemp("models") / "base")
 
