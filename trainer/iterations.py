@@ -145,6 +145,14 @@ def load_average(checkpoints: Path, number: int) -> dict[str, Tensor]:
     return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
 
 
+def mix(began: dict[str, Tensor], trained: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """`share` of the way from one policy's weights to another's.
+
+    Source: arXiv:2406.16768 (interpolation towards where training began has more reward for its KL than an earlier iteration).
+    """
+    return {name: began[name] + share * (weights - began[name]) for name, weights in trained.items()}
+
+
 def save(state: dict[str, Any], path: Path) -> None:
     """Whole or not at all."""
     partial = path.with_suffix(".partial")

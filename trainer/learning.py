@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer import followers, gate, ppo, preference_methods, reward_model, reward_quality, sft
 from trainer.guard import Guard
-from trainer.iterations import GuardWatch, Iteration, Outcome, checkpoint_path, load_average
+from trainer.iterations import GuardWatch, Iteration, Outcome, checkpoint_path, load_average, mix
 from trainer.models import POLICY, REFERENCE, Roles
 from trainer.preferences import Pair, Preferences, split
 from trainer.reward_model import Head
@@ -22,6 +22,9 @@ from trainer.team import ALONE, Team
 
 MIN_PAIRS = 16
 """Decided votes below which nothing is learnt."""
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""Of the trained weights in what the gate is shown, the rest live's: the first mixture that passes is taken. Part of the way back has
+most of what was gained and little of what was lost."""
 
 
 class TooFewVotes(Exception):
@@ -140,21 +143,23 @@ def learn(
 
     watch.enter("gate")
     verdict = None
-    # The kept checkpoint, or an earlier one with less KL, whichever passes first.
     began = torch.load(checkpoint_path(checkpoints, 0), weights_only=True)
-    for number in dict.fromkeys((outcome.kept, outcome.kept * 2 // 3, outcome.kept // 3)):
-        state = load_average(checkpoints, number) if number else began
-        if all(torch.equal(weights, began[name]) for name, weights in state.items()):
-            continue  # warming up, a first iteration changes nothing
+    trained = load_average(checkpoints, outcome.kept) if outcome.kept else began
+    # Warming up, a first iteration changes nothing.
+    changed = not all(torch.equal(weights, began[name]) for name, weights in trained.items())
+    for share in SHARES if changed else ():
+        state = mix(began, trained, share)
         roles.load_policy_state(state)
         finite = all(bool(weights.isfinite().all()) for weights in state.values())
         candidate = gate.draw_sample(roles, judge, served, shown, held_out.pairs, guards, seed)
         verdict = gate.decide(candidate, live, anchor_right, recipe.policy.kl_budget, finite)
-        watch.note(gate=verdict.as_dict() | {"iteration": number}, samples=side_by_side(live, candidate))
+        watch.note(
+            gate=verdict.as_dict() | {"iteration": outcome.kept, "share": share},
+            samples=side_by_side(live, candidate),
+        )
         if verdict.passed:
-            return Learned(
-                outcome.iterations[number], ensemble, judge, sample_probes(roles, sampler, prompts, seed)
-            )
+            kept = outcome.iterations[outcome.kept]
+            return Learned(kept, ensemble, judge, sample_probes(roles, sampler, prompts, seed))
     reason = verdict.reason if verdict else "the judge liked none of its policies better than live"
     raise Refused(f"The gate refused it: {reason}.")
 

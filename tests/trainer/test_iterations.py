@@ -13,6 +13,7 @@ from trainer.iterations import (
     choose_kept,
     forgets,
     load_average,
+    mix,
     objection,
 )
 
@@ -75,3 +76,9 @@ def test_the_average_is_of_the_last_half_and_of_ten_at_most(tmp_path: Path) -> N
         torch.save({"weight": torch.tensor([float(number)])}, checkpoint_path(tmp_path, number))
     means = {number: load_average(tmp_path, number)["weight"].item() for number in (1, 4, 30)}
     assert means == {1: 1.0, 4: 3.5, 30: 25.5}
+
+
+def test_a_mixture_lies_on_the_way_from_live_to_what_was_trained() -> None:
+    began, trained = {"weight": torch.tensor([1.0, -2.0])}, {"weight": torch.tensor([3.0, 2.0])}
+    assert mix(began, trained, 0.25)["weight"].tolist() == [1.5, -1.0]
+    assert torch.equal(mix(began, trained, 1.0)["weight"], trained["weight"])
