@@ -51,6 +51,7 @@ from service.fleet import Connect, Fleet
 from service.journal import Journal
 from service.keyring import KeyRing
 from service.limits import Limits
+from service.merged_engine import MergedEngine
 from service.reconciler import Reconciler
 from service.referee import Referee
 from service.settings import Settings
@@ -102,8 +103,18 @@ def connect_vllm(session: aiohttp.ClientSession) -> Connect:
     return lambda url: VllmEngine(url, session)
 
 
-def create_app(settings: Settings, connect_by: ConnectBy = connect_vllm) -> FastAPI:
+def connect_merged(session: aiohttp.ClientSession) -> Connect:
+    """How one is reached that holds one policy at a time."""
+    return lambda url: MergedEngine(url, session)
+
+
+CONNECT_BY: dict[str, ConnectBy] = {"adapter": connect_vllm, "merged": connect_merged}
+"""By `RATCHET_DELIVERY`."""
+
+
+def create_app(settings: Settings, connect_by: ConnectBy | None = None) -> FastAPI:
     """The service. `connect_by` tells how an address becomes an engine: by HTTP, unless a test brings others."""
+    connect_by = connect_by or CONNECT_BY[settings.delivery]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -140,7 +151,7 @@ async def _start(stack: AsyncExitStack, settings: Settings, connect_by: ConnectB
     session = await stack.enter_async_context(aiohttp.ClientSession(connector=engine_connector()))
     journal = Journal(database_url(settings))
     await stack.enter_async_context(journal.running())
-    fleet = Fleet(connect_by(session), settings.replica_urls)
+    fleet = Fleet(connect_by(session), settings.replica_urls, exchanges_weights=settings.delivery == "merged")
     context = Context(
         settings=settings,
         sessions=async_sessions(database),

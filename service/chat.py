@@ -15,7 +15,7 @@ from service.context import Context, ContextDep
 from service.conversations import read_context
 from service.duels import Match
 from service.engine import Sampling
-from service.errors import BadRequest, NotFound
+from service.errors import BadRequest, NotFound, NotReady
 from service.generation import Asked, Generation, generating
 from service.journal import UserName
 from service.keyring import Identity
@@ -55,9 +55,8 @@ async def chat(body: ChatRequest, request: Request, identity: IdentityDep, conte
 
 
 async def _answer(body: ChatRequest, identity: Identity, context: Context) -> Response:
-    asked = await _checked(body, identity, context)
     async with AsyncExitStack() as stack:
-        generation = await stack.enter_async_context(generating(context, asked))
+        asked, generation = await _begin(stack, body, identity, context)
         headers = _headers(body, asked, generation)
         if not body.stream:
             whole = await Answer(generation).whole()
@@ -65,6 +64,19 @@ async def _answer(body: ChatRequest, identity: Identity, context: Context) -> Re
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = Answer(generation, include_usage=usage).events(stack.pop_all())
         return EventStream(events, headers, generation.deadline)
+
+
+async def _begin(
+    stack: AsyncExitStack, body: ChatRequest, identity: Identity, context: Context
+) -> tuple[Asked, Generation]:
+    """Check and start; again where the policy that the alias stood for has given way to another one since."""
+    while True:
+        asked = await _checked(body, identity, context)
+        try:
+            return asked, await stack.enter_async_context(generating(context, asked))
+        except NotReady:
+            if body.model != ALIAS or not await context.fleet.settled():
+                raise
 
 
 async def _checked(body: ChatRequest, identity: Identity, context: Context) -> Asked:

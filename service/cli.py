@@ -66,7 +66,7 @@ def engine() -> None:
         command = engine_command(settings, model, settings.engine_host)
     except SettingsError as error:
         _fail(error.message, STATUS_SETTINGS)
-    os.execve(command[0], command, os.environ | engine_environment(model))
+    os.execve(command[0], command, os.environ | engine_environment(settings, model))
 
 
 @app.command()

@@ -155,7 +155,8 @@ class VllmEngine:
         stream: bool,
         deadline: float,
     ) -> AsyncIterator[AsyncIterator[list[Piece]]]:
-        response = await self._open("/v1/chat/completions", _body(policy, messages, sampling, count, stream))
+        body = _body(self._served_name(policy), messages, sampling, count, stream) | {"cache_salt": policy}
+        response = await self._open("/v1/chat/completions", body)
         # One alarm for the whole reply: a timeout around each read cost a tenth of a streamed token's time.
         alarm = asyncio.get_running_loop().call_at(
             deadline,
@@ -205,7 +206,7 @@ class VllmEngine:
         )
 
     async def complete_one(self, policy: str) -> None:
-        body = {"model": policy, "prompt": [1], "max_tokens": 1, "cache_salt": policy}
+        body = {"model": self._served_name(policy), "prompt": [1], "max_tokens": 1, "cache_salt": policy}
         await self._call("POST", "/v1/completions", body, TOKEN_SECONDS)
 
     async def load(self, policy: str, path: str) -> None:
@@ -222,7 +223,7 @@ class VllmEngine:
         # lm_head's adapter on GPUs (vLLM issues 16668 and 51594). `allowed_token_ids` forces the token; the
         # log-probability that comes back is the model's own, from before that mask.
         body = {
-            "model": policy,
+            "model": self._served_name(policy),
             "prompt": prefix,
             "max_tokens": 1,
             "allowed_token_ids": [token],
@@ -238,6 +239,10 @@ class VllmEngine:
         if status != HTTPStatus.OK:
             raise EngineUnavailable(f"The engine answered {status} to /metrics.")
         return answer
+
+    def _served_name(self, policy: str) -> str:
+        """What the engine calls a policy."""
+        return policy
 
     async def _call(
         self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = CONTROL_SECONDS
@@ -265,11 +270,11 @@ def _gone(error: Exception) -> EngineGone:
 
 
 def _body(
-    policy: str, messages: Sequence[Message], sampling: Sampling, count: int, stream: bool
+    model: str, messages: Sequence[Message], sampling: Sampling, count: int, stream: bool
 ) -> dict[str, Any]:
     """What the engine is asked. Nothing else of a client's request gets there."""
     body: dict[str, Any] = {
-        "model": policy,
+        "model": model,
         "messages": messages,
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
@@ -279,7 +284,6 @@ def _body(
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "n": count,
-        "cache_salt": policy,
     }
     if sampling.seed is not None:
         body["seed"] = sampling.seed

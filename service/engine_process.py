@@ -49,7 +49,7 @@ def engine_dtype() -> str:
 
 
 def engine_command(settings: Settings, model: Path, host: str = "127.0.0.1") -> list[str]:
-    """The command of an engine that serves the folder `model` as `policy-000000` and takes adapters."""
+    """The command of an engine that serves the folder `model` as `policy-000000` and takes policies as the settings say."""
     options = {
         "--model": str(model),
         "--served-model-name": BASE,
@@ -59,24 +59,31 @@ def engine_command(settings: Settings, model: Path, host: str = "127.0.0.1") -> 
         "--max-model-len": str(settings.max_model_tokens or "auto"),
         "--generation-config": "vllm",  # a model's own sampling defaults would change replies behind our back
         "--scheduling-policy": "priority",
+    }
+    adapters = {
         "--max-loras": str(settings.engine_max_adapters),
         "--max-cpu-loras": str(settings.engine_max_adapters),
         "--max-lora-rank": str(next(rank for rank in RANKS if rank >= settings.max_lora_rank)),
     }
-    flags = ["--enable-lora", "--disable-uvicorn-access-log"]
+    flags = ["--disable-uvicorn-access-log"]
+    if settings.delivery == "adapter":
+        options |= adapters
+        flags.append("--enable-lora")
     if not has_gpu_build():
         flags += ["--enforce-eager", "--distributed-executor-backend", ONE_PROCESS]
     words = [word for option in options.items() for word in option]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *flags]
 
 
-def engine_environment(model: Path) -> dict[str, str]:
+def engine_environment(settings: Settings, model: Path) -> dict[str, str]:
     """What an engine that serves the folder `model` needs in its environment, on top of ours."""
+    # vLLM guards the routes by which its weights can be exchanged by either of these.
+    opened = "VLLM_ALLOW_RUNTIME_LORA_UPDATING" if settings.delivery == "adapter" else "VLLM_SERVER_DEV_MODE"
     environment = {
+        opened: "1",
         # vLLM's own binding leaves one of two cores idle: 3 times slower.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB),
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_MAX_N_SEQUENCES": str(MOST_SEQUENCES),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_COLOR": "0",

@@ -115,6 +115,13 @@ class EngineUnavailable(RatchetError):
     retry_after_seconds = 1
 
 
+class NotReady(EngineUnavailable):
+    """No replica has the policy ready; nothing was asked of any."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="engine_not_ready")
+
+
 class EngineGone(EngineUnavailable):
     """A replica's connection broke, or it did not answer in time."""
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from service import metrics
 from service.duels import Match
 from service.engine import Engine
-from service.errors import EngineUnavailable, PolicyRefused
+from service.errors import EngineUnavailable, NotReady, PolicyRefused
 from service.policies import BASE, Manifest
 from service.tables import Deployment
 
@@ -26,6 +26,9 @@ SILENT_SECONDS = 2.0
 """A replica that is asked for a token and gives none for so long is spared while there are others."""
 MAX_PROBED_TOKENS = 48
 """Positions that one verification measures, spread evenly over the manifest's probe."""
+HOLD_SECONDS = 10.0
+"""How long new requests wait where no replica holds live, because the only one is getting other weights."""
+HOLD_LOOK_SECONDS = 0.02
 PROBES_AT_ONCE = 4
 """Few, so that a verification does not push users' requests aside."""
 NOISE_FACTOR = 4.0
@@ -73,6 +76,10 @@ class Replica:
         self.healthy = False
         self.draining = False
         """It gets no new requests, and is kept ready."""
+        self.switching = False
+        """It gets no new requests, as its weights are being exchanged."""
+        self.noise: float | None = None
+        """By how much its log-probabilities differ from the trainer's for the same weights, nats a token: once measured."""
         self.removed = False
         self.verified: set[str] = set()
         self.refused: dict[str, str] = {}
@@ -116,7 +123,7 @@ class Replica:
             if self._alive_at < min(began, time.monotonic() - SILENT_SECONDS):
                 self.engine.drop()
             raise
-        self.verified.add(BASE)
+        self.verified |= {BASE} & names
         self._set_healthy(True)
         return names
 
@@ -140,17 +147,31 @@ class Replica:
             metrics.REPLICA_HEALTHY.labels(self.url).set(healthy)
 
     async def verify(self, policy: str, manifest: Manifest) -> None:
-        """Accept a loaded policy that reproduces its probe. Raises PolicyRefused, EngineUnavailable.
+        """Accept a loaded policy that reproduces its probe. Raises PolicyRefused, EngineUnavailable."""
+        await self.measure_noise(manifest)
+        await self.compare(policy, manifest)
 
-        How exact an engine computes depends on its device and dtype, and is not guessed: the base, which it certainly holds, is asked
-        for the same tokens, and what that is off by is this engine's noise.
+    async def measure_noise(self, manifest: Manifest) -> None:
+        """How exact an engine computes depends on its device and dtype, and is not guessed: it is what it is off by in the base, which
+        it holds now, at the tokens of a policy's probe. Raises PolicyRefused where that is another base, EngineUnavailable.
         """
-        places = _places(manifest)
-        noise = await self._gap(BASE, [(place.prefix, place.token, place.base) for place in places])
+        noise = await self._gap(BASE, [(each.prefix, each.token, each.base) for each in _places(manifest)])
         if not noise <= manifest.probe_tolerance:  # also for NaN
             raise PolicyRefused(_differ("base's log-probabilities", noise, manifest.probe_tolerance))
-        gap = await self._gap(policy, [(place.prefix, place.token, place.policy) for place in places])
+        self.noise = noise
+
+    async def compare(self, policy: str, manifest: Manifest) -> None:
+        """Accept what is loaded, the manifest's policy or the base, where it gives its probe but for noise.
+
+        Raises PolicyRefused, EngineUnavailable.
+        """
+        expected = [
+            (each.prefix, each.token, each.base if policy == BASE else each.policy)
+            for each in _places(manifest)
+        ]
+        gap = await self._gap(policy, expected)
         metrics.PROBE_GAP.labels(policy).set(gap)
+        noise = math.inf if self.noise is None else self.noise
         allowed = min(manifest.probe_tolerance, LEAST_TOLERANCE + NOISE_FACTOR * noise)
         if not gap <= allowed:
             raise PolicyRefused(_differ("log-probabilities", gap, allowed))
@@ -171,7 +192,9 @@ class Replica:
 class Fleet:
     """All replicas that are wanted."""
 
-    def __init__(self, connect: Connect, urls: Sequence[str]) -> None:
+    def __init__(self, connect: Connect, urls: Sequence[str], *, exchanges_weights: bool = False) -> None:
+        """exchanges_weights: a replica holds one policy at a time (merged delivery)."""
+        self.exchanges_weights = exchanges_weights
         self._connect = connect
         self.replicas: list[Replica] = []
         self.follow(dict.fromkeys(urls, "serving"))
@@ -192,9 +215,14 @@ class Fleet:
             known[url].removed = True
             metrics.forget_replica(url)
 
+    def retire(self) -> None:
+        """Answer nobody: another process does."""
+        for replica in self.replicas:
+            replica.fail()
+
     def serving(self) -> list[Replica]:
         """Those that can get requests now."""
-        return [replica for replica in self.replicas if replica.healthy and not replica.draining]
+        return [each for each in self.replicas if each.healthy and not each.draining and not each.switching]
 
     def policies(self) -> list[str]:
         """Names of the policies that can be asked for now, in order."""
@@ -205,15 +233,13 @@ class Fleet:
         return max((replica.context_tokens for replica in self.replicas), default=0)
 
     def live_policy(self) -> str:
-        """The policy that answers. Raises EngineUnavailable while nobody knows.
+        """The policy that answers. Raises NotReady while nobody knows.
 
         Each process verifies for itself: where another one was faster and moved the pointer, this one goes on as before until it is
         ready.
         """
         if self._deployment is None:
-            raise EngineUnavailable(
-                "The service is starting. Try again in a moment.", code="engine_not_ready"
-            )
+            raise NotReady("The service is starting. Try again in a moment.")
         live = self._deployment.live
         if self._is_ready(live) or not self._is_ready(self._answers):
             self._answers = live
@@ -221,6 +247,15 @@ class Fleet:
 
     def _is_ready(self, policy: str) -> bool:
         return any(policy in replica.verified for replica in self.serving())
+
+    async def settled(self) -> bool:
+        """Whether live can be asked of somebody; while weights are being exchanged that is waited for, up to `HOLD_SECONDS`."""
+        patience = time.monotonic() + HOLD_SECONDS
+        while not self._is_ready(self.live_policy()):
+            if not self.exchanges_weights or time.monotonic() > patience:
+                return False
+            await asyncio.sleep(HOLD_LOOK_SECONDS)
+        return True
 
     def match(self) -> Match | None:
         """The duel that can be shown now: it fits the pointer, and a replica is ready for each of the two."""
@@ -238,12 +273,10 @@ class Fleet:
             metrics.show_policies(deployment)
 
     def route(self, policy: str, tried: Collection[Replica] = ()) -> Replica:
-        """The least busy one that can get requests, has verified the policy, and was not tried yet. Raises EngineUnavailable."""
+        """The least busy one that can get requests, has verified the policy, and was not tried yet. Raises NotReady."""
         able = [replica for replica in self.serving() if policy in replica.verified and replica not in tried]
         if not able:
-            raise EngineUnavailable(
-                f"No engine has {policy} ready. Try again in a moment.", code="engine_not_ready"
-            )
+            raise NotReady(f"No engine has {policy} ready. Try again in a moment.")
         return min(able, key=lambda replica: (replica.is_doubtful(), replica.running.total()))
 
     @contextmanager

@@ -132,7 +132,8 @@ def _check_meant(body: MoveRequest | None, policy: str) -> None:
 
 
 def _check_ready(policy: str, context: Context) -> None:
-    if policy not in context.fleet.policies():
+    """Raises EngineUnavailable where it would have to be loaded first; where weights are exchanged it always has."""
+    if policy not in context.fleet.policies() and not context.fleet.exchanges_weights:
         raise EngineUnavailable(f"No engine has {policy} loaded yet. Try again in a moment.")
 
 

@@ -16,10 +16,12 @@ from sqlalchemy.orm import Session
 
 from service.errors import Conflict, PolicyRefused, SettingsError
 from service.tables import Deployment, Policy
-from service.weights import CONFIG, WEIGHTS, check_adapter
+from service.weights import CONFIG, WEIGHTS, check_adapter, check_model
 
 BASE = "policy-000000"
 CHANNEL = "deployment"
+MERGED = "merged"
+"""Folder, in that of a policy, of the whole model with the adapter merged into it: for merged delivery."""
 
 
 class Probe(BaseModel):
@@ -55,8 +57,11 @@ class Wanted:
     """Path of the base model."""
 
 
-def read_folder(name: str, path: Path, base: Path | None = None) -> Manifest:
-    """The manifest of a whole policy folder, whose adapter fits the base. Raises PolicyRefused. Reads all of it: off the loop."""
+def read_folder(name: str, path: Path, base: Path | None = None, *, merged: bool = False) -> Manifest:
+    """The manifest of a whole policy folder, whose adapter fits the base. Raises PolicyRefused. Reads all of it: off the loop.
+
+    merged: it must hold the whole model too.
+    """
     if not (path / "READY").exists():
         raise PolicyRefused("its folder holds no READY: it was not written to the end")
     try:
@@ -69,10 +74,21 @@ def read_folder(name: str, path: Path, base: Path | None = None) -> Manifest:
         if file not in manifest.files:
             raise PolicyRefused(f"its manifest has no sha256 of {file}")
     for file, sha256 in manifest.files.items():
-        if _sha256(path / Path(file).name) != sha256:
+        if _sha256(_inside(path, file)) != sha256:
             raise PolicyRefused(f"{file} is not the file that the manifest names: its sha256 differs")
     check_adapter(path, base)
+    if merged:
+        if not any(file.startswith(f"{MERGED}/") for file in manifest.files):
+            raise PolicyRefused("it holds no whole model: it was made with another RATCHET_DELIVERY")
+        check_model(path / MERGED, base)
     return manifest
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """Where a file that a manifest names is. Raises PolicyRefused where that is not in its folder."""
+    if ".." in Path(file).parts or Path(file).is_absolute():
+        raise PolicyRefused(f"its manifest names {file!r}, which is outside of its folder")
+    return folder / file
 
 
 def _sha256(path: Path) -> str:
@@ -111,11 +127,11 @@ async def read_deployment(session: AsyncSession) -> Deployment:
 
 
 async def wanted(session: AsyncSession) -> tuple[Deployment, list[Wanted]]:
-    """The pointer, and what it needs loaded: live, previous, challenger; the base is always there."""
+    """The pointer, and what it needs: live, previous, challenger, and always the base."""
     deployment = await read_deployment(session)
-    names = [deployment.live, deployment.previous, deployment.challenger]
-    order = [name for name in dict.fromkeys(names) if name is not None and name != BASE]
-    rows = await session.execute(select(Policy.name, Policy.path).where(Policy.name.in_([BASE, *order])))
+    names = [deployment.live, deployment.previous, deployment.challenger, BASE]
+    order = [name for name in dict.fromkeys(names) if name is not None]
+    rows = await session.execute(select(Policy.name, Policy.path).where(Policy.name.in_(order)))
     paths = {row.name: row.path for row in rows}
     return deployment, [Wanted(name, paths[name], paths[BASE]) for name in order]
 

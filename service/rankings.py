@@ -41,6 +41,7 @@ async def make_comparison(
 
 
 async def _sample(body: ComparisonRequest, identity: Identity, context: Context) -> Response:
+    await context.fleet.settled()
     as_chat = ChatRequest(messages=body.messages, max_tokens=body.max_tokens, temperature=body.temperature)
     asked = Asked(
         user=identity.user(body.user),

@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     """Port of the engine that `make up` or `ratchet engine` starts."""
     engine_host: str = "127.0.0.1"
     """Address that `ratchet engine` listens on. It has no access control: only ever one that the service alone can reach."""
+    delivery: Literal["adapter", "merged"] = "adapter"
+    """`adapter`: engines hold several policies at once. `merged`: one at a time, as a whole model, for more throughput, and for models
+    that take no adapters; a trial then needs a second replica, and one service process answers at a time."""
     engine_max_adapters: int = Field(4, ge=3)
     """Adapters that an engine holds at once (live, previous, challenger, and one being loaded)."""
     max_lora_rank: int = Field(32, ge=8)

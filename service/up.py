@@ -122,7 +122,10 @@ def _report(console: Console, title: str, seconds: float) -> None:
 
 def _engine(settings: Settings, model: Path) -> Part:
     return Part(
-        "engine", engine_command(settings, model), engine_environment(model), stop_seconds=STOP_SECONDS
+        "engine",
+        engine_command(settings, model),
+        engine_environment(settings, model),
+        stop_seconds=STOP_SECONDS,
     )
 
 

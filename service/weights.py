@@ -74,6 +74,44 @@ def check_adapter(folder: Path, base: Path | None) -> None:
         raise PolicyRefused(f"its adapter cannot be read ({type(error).__name__})") from error
 
 
+def check_model(folder: Path, base: Path | None) -> None:
+    """Raises PolicyRefused, saying what is wrong with a whole model's files. Reads all of them: off the loop.
+
+    base: as in `check_adapter`.
+    """
+    shapes: dict[str, list[int]] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                tensors, start = _read_header(file)
+                for name, entry in tensors.items():
+                    if not _is_finite(file, start, entry):
+                        raise PolicyRefused(f"{name} holds values that are not numbers")
+            shapes |= {name: entry.shape for name, entry in tensors.items()}
+        wanted = _read_shapes(base) if base is not None and base.is_dir() else {}
+    except (OSError, ValidationError, ValueError) as error:
+        raise PolicyRefused(f"its model cannot be read ({type(error).__name__})") from error
+    if not shapes:
+        raise PolicyRefused("its whole model has no weights")
+    if not wanted:
+        return
+    for name, shape in shapes.items():
+        if wanted.get(name) != shape:
+            raise PolicyRefused(f"{name} is {shape}, and {wanted.get(name, 'not there')} in the base")
+    for name in wanted.keys() - shapes.keys():
+        raise PolicyRefused(f"its whole model leaves out {name}")
+
+
+def _read_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all of a model's tensors; empty where its weights are not in safetensors."""
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            tensors, _ = _read_header(file)
+        shapes |= {name: entry.shape for name, entry in tensors.items()}
+    return shapes
+
+
 def _read_header(file: BinaryIO) -> tuple[dict[str, TensorEntry], int]:
     """The tensors, and where their data begin. Raises ValueError where the data are not exactly what the header says."""
     size = file.seek(0, 2)
@@ -113,16 +151,9 @@ def _pair_up(tensors: Mapping[str, TensorEntry], rank: int) -> dict[str, tuple[i
 
 def _read_base(folder: Path) -> dict[str, list[int]]:
     """Shapes of the base's matrices, by module; empty where its weights are not in safetensors."""
-    shapes: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            tensors, _ = _read_header(file)
-        shapes |= {
-            name.removesuffix(".weight"): entry.shape
-            for name, entry in tensors.items()
-            if len(entry.shape) == 2
-        }
-    return shapes
+    return {
+        name.removesuffix(".weight"): shape for name, shape in _read_shapes(folder).items() if len(shape) == 2
+    }
 
 
 def _check_against(

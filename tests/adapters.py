@@ -6,6 +6,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from service.policies import MERGED
 from service.weights import CONFIG, WEIGHTS
 
 Tensors = Mapping[str, Sequence[Sequence[float]]]
@@ -40,13 +41,26 @@ def write_base(folder: Path) -> Path:
 
 
 def write_policy(
-    folder: Path, probe: object, tensors: Tensors = ADAPTER, content: bytes | None = None, **manifest: object
+    folder: Path,
+    probe: object,
+    tensors: Tensors = ADAPTER,
+    content: bytes | None = None,
+    merged: Tensors | None = None,
+    **manifest: object,
 ) -> Path:
-    """A policy's folder whose sha256 are right, whatever is in it. content: of the weights' file, instead of `tensors`."""
+    """A policy's folder whose sha256 are right, whatever is in it. content: of the weights' file, instead of `tensors`.
+
+    merged: of the whole model, for engines that take no adapters.
+    """
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(safetensors(tensors) if content is None else content)
     (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}))
-    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (WEIGHTS, CONFIG)}
+    names = [WEIGHTS, CONFIG]
+    if merged is not None:
+        (folder / MERGED).mkdir()
+        names.append(f"{MERGED}/model.safetensors")
+        (folder / names[-1]).write_bytes(safetensors(merged))
+    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
     written = {"name": folder.name, "files": files, "probe": probe, "probe_tolerance": 0.1}
     (folder / "manifest.json").write_text(json.dumps(written | manifest))
     (folder / "READY").touch()

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from service.engine_process import engine_command, engine_environment
 from service.settings import Settings
@@ -24,15 +25,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_engine(model: Path, log: Path) -> Iterator[str]:
+def running_engine(
+    model: Path, log: Path, delivery: Literal["adapter", "merged"] = "adapter"
+) -> Iterator[str]:
     """The address of a vLLM that answers; ended with its children. Raises RuntimeError with its log."""
     port = free_port()
-    settings = Settings(engine_port=port, max_model_tokens=512, engine_max_adapters=3)
+    settings = Settings(engine_port=port, max_model_tokens=512, engine_max_adapters=3, delivery=delivery)
     command = engine_command(settings, model)
     with log.open("wb") as output:
         engine = subprocess.Popen(
             command,
-            env=os.environ | engine_environment(model),
+            env=os.environ | engine_environment(settings, model),
             stdout=output,
             stderr=output,
             start_new_session=True,

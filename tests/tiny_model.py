@@ -111,8 +111,11 @@ def _config(vocab_size: int) -> LlamaConfig:
     )  # fmt: skip
 
 
-def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3) -> Path:
-    """Write a policy folder as the trainer does: a random adapter, a manifest with a true probe, READY."""
+def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3, merged: bool = False) -> Path:
+    """Write a policy folder as the trainer does: a random adapter, a manifest with a true probe, READY.
+
+    merged: with the whole model, merged by PEFT.
+    """
     torch.manual_seed(seed)
     model = get_peft_model(
         LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),
@@ -124,12 +127,19 @@ def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3) -> P
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=scale)
     model.save_pretrained(folder)
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    (folder / "README.md").unlink()
+    probe = [make_probe(model, ids) for ids in PROBE]
+    if merged:
+        model.merge_and_unload().save_pretrained(folder / "merged")
+    files = [path for path in folder.rglob("*") if path.is_file()]
     manifest = {
         "name": folder.name,
         "parent": "policy-000000",
-        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (weights, config)},
-        "probe": [make_probe(model, ids) for ids in PROBE],
+        "files": {
+            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
+        },
+        "probe": probe,
         "probe_tolerance": 0.2,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))

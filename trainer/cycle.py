@@ -187,7 +187,13 @@ def _learn(run: Run) -> str:
             "seconds": time.monotonic() - started,
         },
     )
-    folder = publish.publish(roles, learned.probes, lineage, settings.state / "policies")
+    folder = publish.publish(
+        roles,
+        learned.probes,
+        lineage,
+        settings.state / "policies",
+        merged=settings.delivery == "merged",
+    )
     _register(run, name, start.live, folder)
     return name
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
+from service.policies import MERGED
 from trainer.models import POLICY, Batch, Roles
 from trainer.rollouts import Rollout
 
@@ -38,8 +41,13 @@ class Lineage:
     metrics: dict[str, Any]
 
 
-def publish(roles: Roles, rollouts: Sequence[Rollout], lineage: Lineage, policies: Path) -> Path:
-    """The folder of a new policy, for which `rollouts` give the probes. Raises FileExistsError where its name is taken."""
+def publish(
+    roles: Roles, rollouts: Sequence[Rollout], lineage: Lineage, policies: Path, *, merged: bool = False
+) -> Path:
+    """The folder of a new policy, for which `rollouts` give the probes. Raises FileExistsError where its name is taken.
+
+    merged: with the whole model too, for engines that are given no adapters.
+    """
     folder = policies / lineage.name
     if (folder / "READY").exists():
         raise FileExistsError(f"{lineage.name} is there already: names are never reused.")
@@ -47,6 +55,9 @@ def publish(roles: Roles, rollouts: Sequence[Rollout], lineage: Lineage, policie
     partial = policies / f".{lineage.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     save_adapter(roles, partial)
+    if merged:
+        save_merged(roles, partial / MERGED)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {
         "name": lineage.name,
         "parent": lineage.parent,
@@ -58,7 +69,7 @@ def publish(roles: Roles, rollouts: Sequence[Rollout], lineage: Lineage, policie
         "revision": code_revision(),
         "settings": lineage.settings,
         "metrics": lineage.metrics,
-        "files": {path.name: sha256_of(path) for path in sorted(partial.iterdir())},
+        "files": {path.relative_to(partial).as_posix(): sha256_of(path) for path in files},
         "probe": make_probes(roles, rollouts),
         "probe_tolerance": PROBE_TOLERANCE,
     }
@@ -78,6 +89,37 @@ def save_adapter(roles: Roles, folder: Path) -> None:
             path.rename(folder / path.name)
         inner.rmdir()
     (folder / "README.md").unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def save_merged(roles: Roles, folder: Path) -> None:
+    """The base's own files, with the policy's change added to each matrix that it adapts: in float32, and rounded once.
+
+    Raises ValueError where the base has no such matrix, as where its weights are not in safetensors.
+    """
+    folder.mkdir(parents=True)
+    base = Path(roles.origin.base)
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in roles.model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    for path in sorted(base.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name, weights in tensors.items():
+            module = name.removesuffix(".weight")
+            # A checkpoint may leave out the model's own prefix (`transformer.`).
+            found = next((each for each in layers if module in (each, each.partition(".")[2])), None)
+            if found is not None:
+                change = layers.pop(found).get_delta_weight(POLICY).to(weights.device)
+                tensors[name] = (weights.float() + change.float()).to(weights.dtype).contiguous()
+        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+    if layers:
+        raise ValueError(
+            f"{base} has no weights in safetensors for {next(iter(layers))}: it cannot be merged."
+        )
+    for path in (*base.glob("*.safetensors.index.json"), base / "config.json"):
+        shutil.copy(path, folder / path.name)
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ def running(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Supe
 
 def _engine(settings: Settings) -> Part:
     model = Path(settings.model)
-    return Part("engine", engine_command(settings, model), engine_environment(model))
+    return Part("engine", engine_command(settings, model), engine_environment(settings, model))
 
 
 def _service(settings: Settings) -> Part:

@@ -90,7 +90,7 @@ def running_replicas(folder: Path, base: Path) -> Iterator[list[Replica]]:
             # Texts do not tell tokens apart: half a character has none.
             command = [*engine_command(settings, base), "--return-tokens-as-token-ids"]
             engine = Supervised(
-                Part("engine", command, engine_environment(base)), folder / f"engine-{number}.log"
+                Part("engine", command, engine_environment(settings, base)), folder / f"engine-{number}.log"
             )
             replicas.append(Replica(f"http://127.0.0.1:{settings.engine_port}", engine))
         for replica in replicas:

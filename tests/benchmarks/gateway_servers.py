@@ -72,7 +72,7 @@ def vllm_engine(model: Path, logs: Path) -> Iterator[Contestant]:
     """A real vLLM, started as `ratchet up` starts it."""
     settings = Settings(engine_port=free_port())
     command = engine_command(settings, model)
-    with _running("vllm", command, logs, engine_environment(model)) as process:
+    with _running("vllm", command, logs, engine_environment(settings, model)) as process:
         _wait_for(f"http://127.0.0.1:{settings.engine_port}/health", process, logs / "vllm.log")
         yield _direct("vllm", settings.engine_port, {"engine": psutil.Process(process.pid)})
 

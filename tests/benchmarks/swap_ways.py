@@ -93,7 +93,7 @@ class Engine:
     def start(self, model: Path) -> None:
         """Return once it answers. Raises RuntimeError."""
         command = [*engine_command(self._settings, model), "--return-tokens-as-token-ids"]
-        environment = engine_environment(model) | {"VLLM_SERVER_DEV_MODE": "1"}
+        environment = engine_environment(self._settings, model) | {"VLLM_SERVER_DEV_MODE": "1"}
         part = Part("engine", command, environment, stop_seconds=STOP_SECONDS)
         self._settings.state.mkdir(parents=True, exist_ok=True)
         log = self._settings.state / "engine.log"

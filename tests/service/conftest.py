@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from service import cli
 from service import database as db
-from service.app import ConnectBy, connect_vllm, create_app
+from service.app import ConnectBy, create_app
 from service.policies import BASE, ensure_base
 from service.settings import Settings, get_settings
 from tests.service.fake_engine import FakeEngine
@@ -66,7 +66,7 @@ def serve(prepared: Settings) -> Iterator[Serve]:
             urls = tuple(fake.url for fake in fakes) or (url,)
             settings = prepared.model_copy(update={"engine_urls": urls, "duel_votes": 0, **changes})
             known = {fake.url: fake for fake in fakes}
-            connect_by: ConnectBy = (lambda _: partial(_reach, known, everywhere)) if fakes else connect_vllm
+            connect_by: ConnectBy | None = (lambda _: partial(_reach, known, everywhere)) if fakes else None
             server = stack.enter_context(running(settings, connect_by))
             client = stack.enter_context(httpx.Client(base_url=address_of(server), timeout=60))
             if ready:
@@ -82,7 +82,9 @@ def _reach(known: dict[str, FakeEngine], everywhere: bool, url: str) -> FakeEngi
 
 
 @contextlib.contextmanager
-def running(settings: Settings, connect_by: ConnectBy, port: int = 0) -> Iterator[uvicorn.Server]:
+def running(
+    settings: Settings, connect_by: ConnectBy | None = None, port: int = 0
+) -> Iterator[uvicorn.Server]:
     """A service in a thread of its own, at any port that is free if none is named."""
     config = uvicorn.Config(
         create_app(settings, connect_by), port=port, log_level="warning", timeout_graceful_shutdown=5

@@ -36,6 +36,9 @@ class FakeEngine:
     """What every token of a policy scores."""
     cannot_load: set[str] = field(default_factory=set)
     load_seconds: float = 0.0
+    exchanges: bool = False
+    """It holds one policy at a time, and can load none while it answers."""
+    answering: int = 0
     asked: list[tuple[str, list[Message], Sampling, int]] = field(default_factory=list)
     aborted: int = 0
     dropped: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,9 +73,11 @@ class FakeEngine:
                 yield [piece]
             whole = True
 
+        self.answering += 1
         try:
             yield pieces()
         finally:
+            self.answering -= 1
             self.aborted += not whole
 
     async def _pause(self, deadline: float) -> None:
@@ -109,6 +114,9 @@ class FakeEngine:
         self._check_alive()
         if policy in self.cannot_load:
             raise PolicyRefused("the engine could not load it")
+        assert not (self.exchanges and self.answering), "a request was answered by two policies"
+        if self.exchanges:
+            self.held.clear()
         await asyncio.sleep(self.load_seconds)
         self.held.add(policy)
 

@@ -32,6 +32,20 @@ def test_a_rank_that_vllm_does_not_know_becomes_the_next_larger() -> None:
     assert option(command, "--max-lora-rank") == "64"
 
 
+def test_an_engine_takes_adapters_or_whole_models() -> None:
+    for delivery, opened, closed in (
+        ("adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE"),
+        ("merged", "VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
+    ):
+        settings = Settings(delivery=delivery)
+        assert ("--enable-lora" in engine_process.engine_command(settings, Path("m"))) == (
+            delivery == "adapter"
+        )
+        environment = engine_process.engine_environment(settings, Path("m"))
+        assert environment[opened] == "1"
+        assert closed not in environment
+
+
 @pytest.mark.parametrize("has_gpu", [True, False])
 def test_the_gpu_build_compiles_and_the_cpu_build_does_not(
     monkeypatch: pytest.MonkeyPatch, has_gpu: bool
@@ -40,7 +54,9 @@ def test_the_gpu_build_compiles_and_the_cpu_build_does_not(
     command = engine_process.engine_command(Settings(), Path("m"))
     assert ("--enforce-eager" not in command) == has_gpu
     assert ("--distributed-executor-backend" not in command) == has_gpu
-    assert ("TORCH_COMPILE_DISABLE" not in engine_process.engine_environment(Path("m"))) == has_gpu
+    assert (
+        "TORCH_COMPILE_DISABLE" not in engine_process.engine_environment(Settings(), Path("m"))
+    ) == has_gpu
 
 
 @pytest.mark.parametrize(
@@ -69,4 +85,4 @@ def test_a_small_model_gets_one_thread_unless_told_otherwise(
         monkeypatch.setenv("OMP_NUM_THREADS", own)
     with (tmp_path / "model.safetensors").open("wb") as weights:
         weights.truncate(mib << 20)
-    assert engine_process.engine_environment(tmp_path).get("OMP_NUM_THREADS") == threads
+    assert engine_process.engine_environment(Settings(), tmp_path).get("OMP_NUM_THREADS") == threads

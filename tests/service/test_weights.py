@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from service.errors import PolicyRefused
-from service.policies import read_folder
+from service.policies import MERGED, read_folder
 from service.weights import CONFIG, WEIGHTS, check_adapter
-from tests.adapters import ADAPTER, MODULE, safetensors, write_base, write_policy
+from tests.adapters import ADAPTER, BASE_WEIGHTS, MODULE, Tensors, safetensors, write_base, write_policy
 
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
 PROBE = [{"token_ids": [1, 2], "logprobs": [None, -1.0], "base_logprobs": [None, -1.0]}]
@@ -53,6 +53,43 @@ def test_one_that_does_not_fit_says_why(tmp_path: Path, base: Path, tensors: obj
     folder = write_policy(tmp_path / "policy-000001", PROBE, tensors=tensors)  # type: ignore[arg-type]
     with pytest.raises(PolicyRefused, match=reason):
         check_adapter(folder, base)
+
+
+@pytest.mark.parametrize(
+    ("merged", "reason"),
+    [
+        (None, "it was made with another RATCHET_DELIVERY"),
+        ({}, "has no weights"),
+        ({"lm_head.weight": [[0.0]]}, "its whole model leaves out model.layers.0.self_attn.q_proj.weight"),
+        (BASE_WEIGHTS | {"lm_head.weight": [[math.nan]]}, "not numbers"),
+        (BASE_WEIGHTS | {"surprise": [[1.0]]}, "surprise is .1, 1., and not there in the base"),
+        (BASE_WEIGHTS | {"lm_head.weight": [[1.0, 2.0]]}, "is .1, 2., and .1, 1. in the base"),
+    ],
+)
+def test_a_whole_model_that_does_not_fit_says_why(
+    tmp_path: Path, base: Path, merged: Tensors | None, reason: str
+) -> None:
+    folder = write_policy(tmp_path / "policy-000001", PROBE, merged=merged)
+    with pytest.raises(PolicyRefused, match=reason):
+        read_folder("policy-000001", folder, base, merged=True)
+
+
+def test_a_whole_model_is_only_looked_at_where_it_is_served(tmp_path: Path, base: Path) -> None:
+    folder = write_policy(tmp_path / "policy-000001", PROBE, merged=BASE_WEIGHTS)
+    for merged in (True, False):
+        assert read_folder("policy-000001", folder, base, merged=merged).name == "policy-000001"
+    (folder / MERGED / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(PolicyRefused, match="sha256 differs"):
+        read_folder("policy-000001", folder, base)
+
+
+@pytest.mark.parametrize("file", ["../secret", "/etc/hostname", "merged/../../secret"])
+def test_a_manifest_reaches_nothing_outside_of_its_folder(tmp_path: Path, file: str) -> None:
+    folder = write_policy(tmp_path / "policy-000001", PROBE)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": manifest["files"] | {file: ""}}))
+    with pytest.raises(PolicyRefused, match="outside of its folder"):
+        read_folder("policy-000001", folder)
 
 
 def test_one_that_leaves_a_module_out_says_which(tmp_path: Path, base: Path) -> None:

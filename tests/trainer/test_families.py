@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from service.policies import read_folder
+from service.policies import MERGED, read_folder
 from tests.tiny_model import make_family, read_logprobs
 from tests.trainer.tiny_cycle import NAME, RANK, VOTES, learn_and_publish
 from trainer.models import Batch, Roles
@@ -37,7 +38,11 @@ def test_a_base_of_any_family_goes_through_the_whole_cycle(
     policy = again.logprobs(batch).detach()
     assert (policy - anchor).abs().max() > 0.05
     assert torch.equal(policy, roles.logprobs(batch))
-    for probe in read_folder(NAME, published).probe:
-        found = read_logprobs(again.model, probe.token_ids)
+    whole = AutoModelForCausalLM.from_pretrained(
+        published / MERGED, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    for probe in read_folder(NAME, published, base, merged=True).probe:
         told = [logprob is not None for logprob in probe.logprobs]
-        assert list(compress(found, told)) == pytest.approx(list(compress(probe.logprobs, told)), abs=1e-4)
+        expected = pytest.approx(list(compress(probe.logprobs, told)), abs=1e-4)
+        for model in (again.model, whole):
+            assert list(compress(read_logprobs(model, probe.token_ids), told)) == expected

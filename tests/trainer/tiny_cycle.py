@@ -86,7 +86,7 @@ def learn_and_publish(roles: Roles, folder: Path, recipe: Recipe = RECIPE, team:
         settings={},
         metrics={"kept": asdict(learned.kept)} | {name: watch.metrics[name] for name in ("training", "gate")},
     )
-    return publish(roles, learned.probes, lineage, policies_in(folder))
+    return publish(roles, learned.probes, lineage, policies_in(folder), merged=True)
 
 
 def checkpoints_in(folder: Path) -> Path:

@@ -1,0 +1,77 @@
+"""A vLLM that holds one policy at a time, in its own weights instead of an adapter: faster, and for models that take no adapters.
+
+It answers to the base's name whatever it holds. Which policy that is, the engine itself remembers (vLLM's `weight_version`): it is
+known after a restart of the service too, and forgotten with the weights when the engine restarts. Needs `VLLM_SERVER_DEV_MODE=1`.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+
+from service.engine import LOAD_SECONDS, Message, Models, Piece, Sampling, VllmEngine
+from service.errors import PolicyRefused
+from service.policies import BASE
+
+AS_STARTED = "default"
+"""vLLM's version of the weights that it started with."""
+BETWEEN = "between"
+"""Ours, while they are being exchanged, and where that failed."""
+
+
+class MergedEngine(VllmEngine):
+    """As `VllmEngine`, but `load` exchanges the weights of the whole model, whose former policy is gone with them."""
+
+    @asynccontextmanager
+    async def generate(
+        self,
+        policy: str,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        count: int,
+        *,
+        stream: bool,
+        deadline: float,
+    ) -> AsyncIterator[AsyncIterator[list[Piece]]]:
+        async with super().generate(
+            policy, messages, sampling, count, stream=stream, deadline=deadline
+        ) as pieces:
+            yield _renamed(pieces, policy)
+
+    async def models(self) -> Models:
+        found = await super().models()
+        version = (await self._call("GET", "/weight_info"))["weight_version"]
+        held = {AS_STARTED: {BASE}, BETWEEN: set()}.get(version, {version})
+        return Models(frozenset(held), found.context_tokens)
+
+    async def load(self, policy: str, path: str) -> None:
+        """Exchange the weights; nothing may be asked of the engine meanwhile. Raises PolicyRefused where it cannot read them.
+
+        path: folder of a whole model.
+        """
+        await self._name_weights(BETWEEN)
+        await self._call("POST", "/pause?mode=wait", seconds=LOAD_SECONDS)
+        try:
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+            status, answer = await self._send("POST", "/collective_rpc", reload, LOAD_SECONDS)
+            if status != HTTPStatus.OK:
+                raise PolicyRefused(f"the engine could not load it: {answer[:200]}")
+            await self._call("POST", "/reset_prefix_cache", seconds=LOAD_SECONDS)
+        finally:
+            await self._call("POST", "/resume")
+        await self._name_weights(policy)
+
+    async def unload(self, policy: str) -> None:
+        """What it holds is no policy any more, until `load` brings one."""
+        await self._name_weights(BETWEEN)
+
+    async def _name_weights(self, version: str) -> None:
+        await self._call("POST", "/update_weight_version", {"new_version": version})
+
+    def _served_name(self, policy: str) -> str:
+        return BASE
+
+
+async def _renamed(pieces: AsyncIterator[list[Piece]], policy: str) -> AsyncIterator[list[Piece]]:
+    """What the engine gave under the base's name."""
+    async for together in pieces:
+        yield [piece._replace(model=policy) if piece.model == BASE else piece for piece in together]
