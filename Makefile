@@ -70,9 +70,10 @@ bench-swap: ## 20 swaps under 32 streams: failed and mixed replies, gaps, delays
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.swap $(if $(TURNS),--turns $(TURNS))
 
-bench-fleet: ## two replicas under load, one killed with -9 again and again: replies cut, failed, answered elsewhere; KILLS=10
+bench-fleet: ## two replicas under load, swapped, then killed with -9 again and again: replies cut, failed, mixed; DELIVERY=merged KILLS=10 SWAPS=5 CLIENTS=8
 	@sh deploy/setup.sh test
-	@exec $(PYTHON) -m tests.benchmarks.fleet $(if $(KILLS),--kills $(KILLS))
+	@exec $(PYTHON) -m tests.benchmarks.fleet $(if $(DELIVERY),--delivery $(DELIVERY)) $(if $(KILLS),--kills $(KILLS)) \
+		$(if $(SWAPS),--swaps $(SWAPS)) $(if $(CLIENTS),--clients $(CLIENTS))
 
 bench-worse: ## a policy that was trained to be worse: what the gate, a trial and the watch after a forced promotion make of it; TASTE=warm SEED=0
 	@sh deploy/setup.sh test

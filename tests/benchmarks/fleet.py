@@ -1,12 +1,12 @@
 """`make bench-fleet`: what users notice when one of two replicas is killed with -9 under load, again and again.
 
-Two real vLLMs with the tests' tiny model, and an adapter live. Clients stream replies through the service all the time; one of the
-engines, by chance, loses all of its processes or one of them, starts again, and once it holds the policy and reproduces it, the next
-one is killed. Afterwards every reply's tokens are compared, by their log-probabilities, with the live policy's. Prints tables in
-Markdown; writes `results/fleet.json`; the exit status is 1 where a reply was cut silently, failed that had not begun, or is of
-another policy.
+Two real vLLMs with the tests' tiny model, and a policy live, by either delivery. Clients stream replies through the service all the
+time. First policies are promoted and rolled back. Then one of the engines, by chance, loses all of its processes or one of them,
+and is started again; once it holds the policy and reproduces it, the next one is killed. Afterwards every reply's tokens are compared, by
+their log-probabilities, with those of the policy that it names. Prints tables in Markdown; writes `results/fleet-*.json`; the exit
+status is 1 where a reply was cut silently, failed that had not begun, or is of another policy.
 
-    python -m tests.benchmarks.fleet [--kills 10] [--clients 8] [--seed 0]
+    python -m tests.benchmarks.fleet [--delivery merged] [--swaps 5] [--kills 10] [--clients 8] [--seed 0]
 """
 
 import argparse
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import uvloop
@@ -63,11 +63,16 @@ def main() -> int:
         folder = Path(name)
         folder.chmod(0o755)  # PostgreSQL may run as somebody else
         base = make_model(folder / "model")
-        policies = make_policies(folder / "policies", base, 2)
+        merged = options.delivery == "merged"
+        policies = make_policies(folder / "policies", base, 2 + options.swaps, merged=merged)
         _say("starting two engines")
-        with running_replicas(folder, base) as replicas:
-            urls = tuple(replica.url for replica in replicas)
-            settings = fresh_settings(folder / "state", base).model_copy(update={"engine_urls": urls})
+        with running_replicas(folder, base, options.delivery) as replicas:
+            changes = {
+                "engine_urls": tuple(replica.url for replica in replicas),
+                "delivery": options.delivery,
+                "watch_share": 0.0,  # with merged delivery a watch keeps one replica at the policy before
+            }
+            settings = fresh_settings(folder / "state", base).model_copy(update=changes)
             with running(settings, ["service"]):
                 trial = uvloop.run(_try(settings, replicas, policies, options))
         _say("computing log-probabilities")
@@ -76,17 +81,19 @@ def main() -> int:
     print(report(figures))
     print()
     print(goals_report(wanted))
-    write_results("fleet", {"options": vars(options), **asdict(figures)})
+    write_results(f"fleet-{options.delivery}", {"options": vars(options), **asdict(figures)})
     return 0 if all(goal.met for goal in wanted) else 1
 
 
 @contextmanager
-def running_replicas(folder: Path, base: Path) -> Iterator[list[Replica]]:
+def running_replicas(
+    folder: Path, base: Path, delivery: Literal["adapter", "merged"]
+) -> Iterator[list[Replica]]:
     """Engines that start again when they end; all answer, and have generated, on entering. Raises RuntimeError."""
     replicas: list[Replica] = []
     try:
         for number in range(NUM_REPLICAS):
-            settings = Settings(state=folder, model=str(base), engine_port=free_port())
+            settings = Settings(state=folder, model=str(base), engine_port=free_port(), delivery=delivery)
             # Texts do not tell tokens apart: half a character has none.
             command = [*engine_command(settings, base), "--return-tokens-as-token-ids"]
             engine = Supervised(
@@ -111,11 +118,18 @@ async def _try(
         raise RuntimeError(f"the service is not ready; its log is in {settings.state}")
     async with aiohttp.ClientSession(url) as http:
         operator = Operator(settings, policies, http)
-        for _ in policies:
-            await operator.promote()
-        await _wait_until_all_hold(http, policies[-1].name)
+        for _ in range(2):
+            live = (await operator.promote()).new
+            await _wait_until_all_hold(http, live)
         async with streaming(url, ALIAS, options.clients) as exchanges:
-            trial = Trial(policies[-1].name, exchanges)
+            trial = Trial(exchanges)
+            for number in range(options.swaps):
+                await asyncio.sleep(QUIET_SECONDS)
+                for move in (operator.promote, operator.roll_back):
+                    swap = await move()
+                    await _wait_until_all_hold(http, swap.new)
+                    trial.swap_seconds.append(perf_counter() - swap.began)
+                _say(f"swap {number + 1} of {options.swaps}: there and back")
             for number in range(options.kills):
                 await asyncio.sleep(QUIET_SECONDS)
                 replica = chance.choice(replicas)
@@ -124,7 +138,7 @@ async def _try(
                 _say(f"kill {number + 1} of {options.kills}: {how} of replica {replicas.index(replica)}")
                 await _wait_until_lost(http, replica.url)
                 lost = perf_counter()
-                await _wait_until_all_hold(http, trial.live)
+                await _wait_until_all_hold(http, live)
                 trial.kills.append(Kill(replicas.index(replica), how, at, lost - at, perf_counter() - at))
             await asyncio.sleep(QUIET_SECONDS)
         trial.ended = perf_counter()
@@ -165,6 +179,8 @@ async def _wait_until_all_hold(http: aiohttp.ClientSession, policy: str) -> None
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Kill replicas under load.")
+    parser.add_argument("--delivery", choices=("adapter", "merged"), default="adapter")
+    parser.add_argument("--swaps", type=int, default=5, help="promotions, each with a rollback after it")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)

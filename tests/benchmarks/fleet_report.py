@@ -36,8 +36,9 @@ class Kill:
 class Trial:
     """What clients received meanwhile."""
 
-    live: str
     exchanges: list[Exchange]
+    swap_seconds: list[float] = field(default_factory=list)
+    """Of each promotion and rollback: until every replica held the new live policy."""
     kills: list[Kill] = field(default_factory=list)
     retries: float = 0.0
     """Requests whose replica failed with them before a token, as the service counts them."""
@@ -48,13 +49,14 @@ class Trial:
 class Figures:
     """What is reported."""
 
+    swap_seconds: list[float]
     kills: dict[str, int]
     """By how."""
     ends: dict[str, int]
     """Of all replies."""
     retries: float
     others: int
-    """Whole replies that are not, by their log-probabilities, of the live policy from end to end."""
+    """Whole replies that are not, by their log-probabilities, of the policy that they name from end to end."""
     noticed_seconds: list[float]
     back_seconds: list[float]
     longest_silence_seconds: float
@@ -83,10 +85,11 @@ def examine(trial: Trial, scorer: Scorer) -> Figures:
     soon = [reply for reply in begun if any(reply.began in span for span in felt)]
     others = [reply for reply in begun if not any(reply.began in span for span in felt)]
     return Figures(
+        swap_seconds=trial.swap_seconds,
         kills=dict(Counter(kill.how for kill in trial.kills)),
         ends=dict(Counter(end_of(reply) for reply in replies)),
         retries=trial.retries,
-        others=sum(origin.whole != trial.live for origin in origins),
+        others=sum({origin.whole} != reply.labels for origin, reply in zip(origins, whole, strict=True)),
         noticed_seconds=[kill.noticed_seconds for kill in trial.kills],
         back_seconds=[kill.back_seconds for kill in trial.kills],
         longest_silence_seconds=longest_silence(begun, [Span(0.0, trial.ended)]),
@@ -104,6 +107,10 @@ def report(figures: Figures) -> str:
     """Tables for people."""
     rows = [
         ["kills: " + ", ".join(f"{how} {num}" for how, num in sorted(figures.kills.items()))],
+        [
+            f"swaps: {len(figures.swap_seconds)}; all replicas hold it after s, median and longest",
+            _median_and_longest(figures.swap_seconds),
+        ],
         *([f"replies: {end}", str(num)] for end, num in sorted(figures.ends.items())),
         ["requests that another replica took up", f"{figures.retries:g}"],
         ["noticed after s, median and longest", _median_and_longest(figures.noticed_seconds)],
@@ -118,7 +125,7 @@ def report(figures: Figures) -> str:
     rows[0].append(str(sum(figures.kills.values())))
     faults = "\n".join(f"- {fault}" for fault in figures.faults)
     return (
-        table(["two replicas, one killed under load", ""], rows)
+        table(["two replicas, swapped and killed under load", ""], rows)
         + "\n\nWhat clients were told:\n\n"
         + (faults or "nothing")
     )

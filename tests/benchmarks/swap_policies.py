@@ -17,9 +17,12 @@ COMPARED = 0.2
 """Share of replies that are compared with every policy, not only with the one that they name."""
 
 
-def make_policies(folder: Path, base: Path, num: int) -> list[Path]:
-    """Folders of policies, each with weights of its own."""
-    return [make_policy(folder / f"policy-{number:06d}", base, seed=number) for number in range(1, num + 1)]
+def make_policies(folder: Path, base: Path, num: int, *, merged: bool = False) -> list[Path]:
+    """Folders of policies, each with weights of its own. merged: with whole models."""
+    return [
+        make_policy(folder / f"policy-{number:06d}", base, seed=number, merged=merged)
+        for number in range(1, num + 1)
+    ]
 
 
 def merge(base: Path, policy: Path, folder: Path) -> Path:
