@@ -30,6 +30,8 @@ BEGIN_SECONDS = 120.0
 CYCLE_SECONDS = 3600.0
 SEEDS_APART = 1_000_000
 """Between the sampling seeds of two policies' evaluations."""
+ASKED_AT_ONCE = 16
+"""Questions of an evaluation."""
 ENDED = ("promoted", "rejected", "failed")
 
 
@@ -86,7 +88,7 @@ class SeedRun:
     async def _evaluate(self, policy: str) -> None:
         with self.screen.bar(f"evaluating {policy}", len(self.questions)) as step:
             seed = (int(policy.rpartition("-")[2]) + 1) * SEEDS_APART
-            replies = await evaluate(self.client, policy, self.questions, seed, NUM_USERS, step)
+            replies = await evaluate(self.client, policy, self.questions, seed, ASKED_AT_ONCE, step)
         if all(reply is None for reply in replies):
             raise DemoError(f"{policy} answered none of the evaluation's questions.")
         row = score(policy, self.questions, replies, self.plan.taste, self.starter)

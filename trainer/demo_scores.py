@@ -168,7 +168,7 @@ def _policy_row(row: Row) -> list[str]:
         str(row.num_replies),
         f"{row.taste:+.3f}",
         f"{row.correct:.3f}",
-        f"{row.spoilt:.3f}",
+        f"{row.spoilt:.4f}",
         "(the starter)" if row.win_rate is None else str(row.win_rate),
     ]
 
@@ -185,7 +185,7 @@ def seed_rows(results: Sequence[SeedResult]) -> list[list[str]]:
                 live.policy,
                 "nothing was promoted" if live.win_rate is None else str(live.win_rate),
                 f"{starter.correct:.3f} -> {live.correct:.3f}",
-                f"{starter.spoilt:.3f} -> {live.spoilt:.3f}",
+                f"{starter.spoilt:.4f} -> {live.spoilt:.4f}",
                 f"{result.minutes:.1f}",
             ]
         )

@@ -101,7 +101,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run for each")
     parser.add_argument("--votes", type=int, default=480, help="votes in a run")
     parser.add_argument("--cycles", type=int, default=2, help="training cycles in a run")
-    parser.add_argument("--evaluate", type=int, default=400, help="questions that each policy is scored on")
+    parser.add_argument(
+        "--evaluate",
+        type=int,
+        default=1600,
+        help="questions that each policy is scored on: one answer in a thousand is what repeated ones are counted in",
+    )
     parser.add_argument(
         "--url", help="use the loop that runs there, with its database, instead of fresh ones"
     )

@@ -251,7 +251,7 @@ def test_the_tables_compare_the_starter_with_what_is_live_in_the_end() -> None:
             "policy-000001",
             "0.900 [0.870, 0.930]",
             "0.800 -> 0.850",
-            "0.010 -> 0.000",
+            "0.0100 -> 0.0000",
             "4.2",
         ]
     ]
