@@ -58,6 +58,7 @@ class Reconciler:
         self._manifests: dict[str, Manifest] = {}
         self._retry_at: dict[tuple[str, str], float] = {}
         self._exchanger = Exchanger(self._manifest) if settings.delivery == "merged" else None
+        self._last_term: int | None = None
         self._under_way: dict[Replica, asyncio.Task[None]] = {}
         """Each replica is seen to by itself: one that hangs keeps nobody else waiting."""
 
@@ -107,8 +108,9 @@ class Reconciler:
         elif term is not None:
             shares = self._share_out(deployment, wanted)
             await self._see_to_all(lambda replica: self._exchange(replica, shares.get(replica.url)))
-        else:
-            self._fleet.retire()
+            self._last_term = term
+        elif deployment.leader_term != self._last_term:
+            self._fleet.retire()  # nobody else led since where it is the same: the lock's connection was lost
         if term is not None:
             verified = await self._verified(deployment.challenger, term)
             moved = await self._referee.look(verified, term) if verified or running else None
