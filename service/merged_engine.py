@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 
+import aiohttp
+
 from service.engine import LOAD_SECONDS, Message, Models, Piece, Sampling, VllmEngine
-from service.errors import PolicyRefused
+from service.errors import EngineUnavailable, PolicyRefused
 from service.policies import BASE
 
 AS_STARTED = "default"
@@ -20,6 +22,12 @@ BETWEEN = "between"
 
 class MergedEngine(VllmEngine):
     """As `VllmEngine`, but `load` exchanges the weights of the whole model, whose former policy is gone with them."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        super().__init__(url, session)
+        self._version: str | None = None
+        """Of its weights, where that is known. vLLM asks its core for it, and should that be gone just then, waits for ever, and
+        does not end: so it is asked seldom."""
 
     @asynccontextmanager
     async def generate(
@@ -38,9 +46,14 @@ class MergedEngine(VllmEngine):
             yield _renamed(pieces, policy)
 
     async def models(self) -> Models:
-        found = await super().models()
-        version = (await self._call("GET", "/weight_info"))["weight_version"]
-        held = {AS_STARTED: {BASE}, BETWEEN: set()}.get(version, {version})
+        try:
+            found = await super().models()
+        except EngineUnavailable:
+            self._version = None  # it may be another one when it answers again
+            raise
+        if self._version is None:
+            self._version = (await self._call("GET", "/weight_info"))["weight_version"]
+        held = {AS_STARTED: {BASE}, BETWEEN: set()}.get(self._version, {self._version})
         return Models(frozenset(held), found.context_tokens)
 
     async def load(self, policy: str, path: str) -> None:
@@ -65,7 +78,9 @@ class MergedEngine(VllmEngine):
         await self._name_weights(BETWEEN)
 
     async def _name_weights(self, version: str) -> None:
+        self._version = None
         await self._call("POST", "/update_weight_version", {"new_version": version})
+        self._version = version
 
     def _served_name(self, policy: str) -> str:
         return BASE

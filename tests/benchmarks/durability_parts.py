@@ -121,7 +121,7 @@ def fresh_settings(state: Path, model: Path) -> Settings:
 
 def environment(settings: Settings) -> dict[str, str]:
     """What a service of these settings needs in its environment."""
-    names = ("state", "model", "port", "engine_port", "database_port")
+    names = ("state", "model", "port", "engine_port", "database_port", "delivery", "watch_share")
     urls = {"RATCHET_ENGINE_URLS": json.dumps(settings.engine_urls)} if settings.engine_urls else {}
     return {f"RATCHET_{name.upper()}": str(getattr(settings, name)) for name in names} | urls
 
