@@ -24,7 +24,7 @@ demo: ## simulated users chat and vote, and the terminal shows the loop learn; T
 
 test: ## set everything up and run all tests: real PostgreSQL, vLLM and browser
 	@sh deploy/setup.sh test
-	@exec $(PYTHON) -m pytest -n 2
+	@exec $(PYTHON) -m pytest -n 2 --no-loadscope-reorder
 
 fuzz: ## 10,000 cases without keys and 10,000 with, made from the OpenAPI document; CASES=10000 SEED=0
 	@sh deploy/setup.sh test

@@ -252,7 +252,8 @@ class Fleet:
         """Whether live can be asked of somebody; while weights are being exchanged that is waited for, up to `HOLD_SECONDS`."""
         patience = time.monotonic() + HOLD_SECONDS
         while not self._is_ready(self.live_policy()):
-            if not self.exchanges_weights or time.monotonic() > patience:
+            awaited = self.exchanges_weights and any(replica.healthy for replica in self.replicas)
+            if not awaited or time.monotonic() > patience:
                 return False
             await asyncio.sleep(HOLD_LOOK_SECONDS)
         return True

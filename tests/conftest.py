@@ -25,6 +25,24 @@ NUMBERS = itertools.count(1)
 OF_ONE_ENGINE = ("tests/clients/", "tests/deploy/", "tests/service/test_engine.py")
 
 
+LONG = (
+    *OF_ONE_ENGINE,
+    "tests/service/test_up.py",
+    "tests/service/test_fuzz.py",
+    "tests/service/test_merged.py",
+    "tests/trainer/test_resume.py",
+    "tests/trainer/test_families.py",
+    "tests/trainer/test_team.py",
+)
+"""What takes long, and would keep one worker waiting for the other were it last. (`--no-loadscope-reorder`: pytest-xdist would begin
+with the files that have most tests.)"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 class SideBySide(LoadScopeScheduling):  # type: ignore[misc]
     """`-n 2`: a file of tests is one worker's, and all that use the real vLLM are the same one's, so that it is started once."""
 

@@ -2,9 +2,9 @@
 
 Two real vLLMs with the tests' tiny model, and a policy live, by either delivery. Clients stream replies through the service all the
 time. First policies are promoted and rolled back. Then one of the engines, by chance, loses all of its processes or one of them,
-and is started again; once it holds the policy and reproduces it, the next one is killed. Afterwards every reply's tokens are compared, by
-their log-probabilities, with those of the policy that it names. Prints tables in Markdown; writes `results/fleet-*.json`; the exit
-status is 1 where a reply was cut silently, failed that had not begun, or is of another policy.
+and is started again; once it holds the policy and reproduces it, the next one is killed. Afterwards every reply's tokens are
+compared, by their log-probabilities, with those of the policy that it names. Prints tables in Markdown; writes
+`results/fleet-*.json`; the exit status is 1 where a reply was cut silently, failed that had not begun, or is of another policy.
 
     python -m tests.benchmarks.fleet [--delivery merged] [--swaps 5] [--kills 10] [--clients 8] [--seed 0]
 """

@@ -1,18 +1,24 @@
 """Merged delivery: replicas that hold one policy at a time, shared out and given other weights under load; by scripted engines."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 
+from service.database import database_url
 from service.exchanger import share_out
+from service.reconciler import LEADER_LOCK, POLL_SECONDS
+from service.settings import Settings
 from tests.adapters import BASE_WEIGHTS, write_policy
 from tests.service.conftest import Rows, Serve, ask, publish, wait_until
 from tests.service.fake_engine import FakeEngine
+from tests.service.test_faults import LEADERS
 from tests.service.test_referee import BASE, DUELS, NEW, compare, is_duel, vote_for
 
 pytestmark = pytest.mark.database
@@ -201,6 +207,26 @@ def test_an_engine_that_restarted_is_given_live_again_before_it_answers(
         wait_until(lambda: engine.held == {NEW})
         wait_until(lambda: held(client) == [NEW])
     assert policies_of(answers)[-1] == NEW
+
+
+def test_a_leader_whose_connection_was_lost_answers_until_another_one_leads(
+    serve: Serve, rows: Rows, prepared: Settings
+) -> None:
+    client = start(serve, make_engine("a"))
+    url = database_url(prepared).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(url, autocommit=True) as connection:
+        with chatting(client) as answers:
+            waiting = threading.Thread(
+                target=connection.execute, args=("SELECT pg_advisory_lock(%s)", (LEADER_LOCK,))
+            )
+            waiting.start()
+            wait_until(lambda: len(rows(LEADERS.replace("AND granted", "AND NOT granted"))) == 1)
+            rows("SELECT pg_terminate_backend(pid) FROM (" + LEADERS + ") AS found")
+            waiting.join()  # the lock is somebody's who has not begun a term yet
+            time.sleep(3 * POLL_SECONDS)
+        assert set(policies_of(answers)) == {BASE}
+        rows("UPDATE deployment SET leader_term = leader_term + 1")
+        wait_until(lambda: held(client) == [])
 
 
 def test_one_process_answers_at_a_time(serve: Serve, rows: Rows, tmp_path: Path) -> None:

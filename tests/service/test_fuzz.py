@@ -11,7 +11,7 @@ from tests.service.fuzzing import Report, fuzz, take_files
 from tests.service.transfer import KINDS, download, give_feedback
 
 pytestmark = pytest.mark.database
-CASES = int(os.environ.get("FUZZ_CASES", "100"))
+CASES = int(os.environ.get("FUZZ_CASES", "60"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 ALL_SUCCEED_FROM = 10_000
 """With so many cases, each call is made rightly at least once."""

@@ -45,7 +45,9 @@ def train(base: Path, folder: Path, killed_at: Moment = NEVER) -> tuple[int | No
 
 def read(folder: Path) -> dict[str, bytes]:
     """Every file of the published policy."""
-    return {path.name: path.read_bytes() for path in (policies_in(folder) / NAME).iterdir()}
+    published = policies_in(folder) / NAME
+    files = [path for path in published.rglob("*") if path.is_file()]
+    return {str(path.relative_to(published)): path.read_bytes() for path in files}
 
 
 def test_a_trainer_killed_at_any_moment_ends_with_the_same_policy(tmp_path: Path) -> None:
