@@ -184,7 +184,10 @@ class _Users:
         async def vote(number: int) -> None:
             nonlocal given
             while not stop.is_set():
-                given += await self._users[number].vote_once()
+                has_voted = await self._users[
+                    number
+                ].vote_once()  # `+= await` would forget what others add meanwhile
+                given += has_voted
 
         async with asyncio.timeout(MOST_SECONDS), asyncio.TaskGroup() as voting:
             for number in range(NUM_USERS):
