@@ -48,22 +48,23 @@ class Exchanger:
         """
         if target.name in replica.verified:
             return
+        # Read before anything is drained: a large model's files take long.
+        manifest = await self._manifest(target) if target.name != BASE else None
         async with self._turn:
             replica.switching = True
             try:
                 while replica.running.total():  # each request has a deadline of its own
                     await asyncio.sleep(DRAIN_LOOK_SECONDS)
-                await self._exchange(replica, target)
+                await self._exchange(replica, target, manifest)
             except PolicyRefused:
                 await replica.engine.unload(target.name)
                 raise
             finally:
                 replica.switching = False
 
-    async def _exchange(self, replica: Replica, target: Wanted) -> None:
+    async def _exchange(self, replica: Replica, target: Wanted, manifest: Manifest | None) -> None:
         started = time.monotonic()
-        if target.name != BASE:
-            self._known = await self._manifest(target)
+        self._known = manifest or self._known
         held = (await replica.engine.models()).names
         replica.verified.clear()
         if self._known is not None and (BASE in held or replica.noise is None):

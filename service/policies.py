@@ -80,6 +80,9 @@ def read_folder(name: str, path: Path, base: Path | None = None, *, merged: bool
     if merged:
         if not any(file.startswith(f"{MERGED}/") for file in manifest.files):
             raise PolicyRefused("it holds no whole model: it was made with another RATCHET_DELIVERY")
+        for weights in (path / MERGED).glob("*.safetensors"):  # an engine loads them all
+            if f"{MERGED}/{weights.name}" not in manifest.files:
+                raise PolicyRefused(f"its manifest does not name {MERGED}/{weights.name}")
         check_model(path / MERGED, base)
     return manifest
 

@@ -83,6 +83,13 @@ def test_a_whole_model_is_only_looked_at_where_it_is_served(tmp_path: Path, base
         read_folder("policy-000001", folder, base)
 
 
+def test_a_file_of_weights_that_the_manifest_does_not_name_is_refused(tmp_path: Path, base: Path) -> None:
+    folder = write_policy(tmp_path / "policy-000001", PROBE, merged=BASE_WEIGHTS)
+    (folder / MERGED / "more.safetensors").write_bytes(safetensors(BASE_WEIGHTS))
+    with pytest.raises(PolicyRefused, match="does not name merged/more"):
+        read_folder("policy-000001", folder, base, merged=True)
+
+
 @pytest.mark.parametrize("file", ["../secret", "/etc/hostname", "merged/../../secret"])
 def test_a_manifest_reaches_nothing_outside_of_its_folder(tmp_path: Path, file: str) -> None:
     folder = write_policy(tmp_path / "policy-000001", PROBE)
