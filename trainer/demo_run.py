@@ -64,6 +64,8 @@ class SeedRun:
     rows: list[Row] = field(default_factory=list)
     starter: list[Reply | None] | None = None
     """The starter's replies to the evaluation's questions, once they are there."""
+    before: list[Reply | None] | None = None
+    """Those of the policy that was evaluated last."""
 
     def __post_init__(self) -> None:
         self.users = make_users(NUM_USERS, self.plan.taste, self.client, self.seed)
@@ -91,8 +93,8 @@ class SeedRun:
             replies = await evaluate(self.client, policy, self.questions, seed, ASKED_AT_ONCE, step)
         if all(reply is None for reply in replies):
             raise DemoError(f"{policy} answered none of the evaluation's questions.")
-        row = score(policy, self.questions, replies, self.plan.taste, self.starter)
-        self.starter = self.starter or replies
+        row = score(policy, self.questions, replies, self.plan.taste, self.starter, self.before)
+        self.starter, self.before = self.starter or replies, replies
         self.rows.append(row)
         self.screen.say(f"  {policy}: {_line(row)}")
 

@@ -32,6 +32,22 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class Gain:
+    """A mean difference and half of its 95 % interval."""
+
+    value: float
+    half: float
+
+    @property
+    def is_fall(self) -> bool:
+        """Whether it is below zero by more than its interval."""
+        return self.value < -self.half
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} ± {self.half:.3f}"
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """How one policy did."""
 
@@ -45,6 +61,8 @@ class Score:
     """Share of replies that repeat themselves or were cut off."""
     win_rate: Share | None
     """Against the starter, by the taste, on the same questions; None for the starter itself."""
+    gain: Gain | None
+    """Of the taste against the policy that was live before, on the same questions; None for the starter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +98,10 @@ def score(
     replies: Sequence[Reply | None],
     taste: Taste,
     starter: Sequence[Reply | None] | None,
+    before: Sequence[Reply | None] | None,
 ) -> Score:
-    """Score a policy's replies, one a question; `starter`: the starter's to the same ones. Skips failed ones.
+    """Score a policy's replies, one a question; `starter`: the starter's to the same ones, `before`: those of the policy that was live
+    until then. Skips failed ones.
 
     Raises ValueError where every request failed.
     """
@@ -92,13 +112,16 @@ def score(
         raise ValueError(f"{policy} gave no reply at all.")
     verdicts = [world.is_correct(question, reply.text) for question, reply in pairs]
     judged = [verdict for verdict in verdicts if verdict is not None]
+    to_starter = _differences(questions, replies, starter, taste)
+    to_before = _differences(questions, replies, before, taste)
     return Score(
         policy=policy,
         num_replies=len(pairs),
         taste=sum(taste(question.messages, reply.text) for question, reply in pairs) / len(pairs),
         correct=sum(judged) / len(judged) if judged else math.nan,
         spoilt=sum(is_spoilt(reply) for _, reply in pairs) / len(pairs),
-        win_rate=None if starter is None else _win_rate(questions, replies, starter, taste),
+        win_rate=win_rate(to_starter) if to_starter else None,
+        gain=gain(to_before) if to_before else None,
     )
 
 
@@ -107,18 +130,20 @@ def is_spoilt(reply: Reply) -> bool:
     return reply.finish_reason != "stop" or repeats(reply.text)
 
 
-def _win_rate(
+def _differences(
     questions: Sequence[world.Question],
     replies: Sequence[Reply | None],
-    starter: Sequence[Reply | None],
+    others: Sequence[Reply | None] | None,
     taste: Taste,
-) -> Share | None:
-    differences = [
+) -> list[float]:
+    """Of the taste, question by question, where both replied."""
+    if others is None:
+        return []
+    return [
         taste(question.messages, mine.text) - taste(question.messages, other.text)
-        for question, mine, other in zip(questions, replies, starter, strict=True)
+        for question, mine, other in zip(questions, replies, others, strict=True)
         if mine is not None and other is not None
     ]
-    return win_rate(differences) if differences else None
 
 
 def win_rate(differences: Sequence[float]) -> Share:
@@ -136,6 +161,15 @@ def win_rate(differences: Sequence[float]) -> Share:
     return Share(share, middle - half, middle + half)
 
 
+def gain(differences: Sequence[float]) -> Gain:
+    """Mean difference with its normal interval; one difference alone says nothing."""
+    num, mean = len(differences), sum(differences) / len(differences)
+    if num < 2:
+        return Gain(mean, math.inf)
+    variance = sum((value - mean) ** 2 for value in differences) / (num - 1)
+    return Gain(mean, Z_95 * math.sqrt(variance / num))
+
+
 POLICY_COLUMNS = (
     "policy",
     "replies",
@@ -143,6 +177,7 @@ POLICY_COLUMNS = (
     "correct",
     "repeated or cut off",
     "win rate [95 %]",
+    "taste, against the one before",
 )
 SEED_COLUMNS = (
     "seed",
@@ -162,7 +197,7 @@ def policy_rows(result: SeedResult) -> list[list[str]]:
 
 def _policy_row(row: Row) -> list[str]:
     if isinstance(row, Rejected):
-        return [f"cycle {row.cycle_id} {row.stage}", "", "", "", "", row.reason]
+        return [f"cycle {row.cycle_id} {row.stage}", "", "", "", "", row.reason, ""]
     return [
         row.policy,
         str(row.num_replies),
@@ -170,6 +205,7 @@ def _policy_row(row: Row) -> list[str]:
         f"{row.correct:.3f}",
         f"{row.spoilt:.4f}",
         "(the starter)" if row.win_rate is None else str(row.win_rate),
+        "" if row.gain is None else str(row.gain),
     ]
 
 

@@ -146,6 +146,9 @@ def demo(arguments: argparse.Namespace, console: Console) -> int:
         print(f"demo: {_first(faults)}", file=sys.stderr)
     if len(results) > 1:
         console.print(as_table("all seeds", SEED_COLUMNS, seed_rows(results)))
+    gains = [each.gain for result in results for each in result.scores if each.gain is not None]
+    falls = sum(each.is_fall for each in gains)
+    screen.say(f"{len(gains)} promotions; the taste's score fell by more than its interval in {falls}")
     report(tally, screen)
     return status
 

@@ -1,6 +1,7 @@
 """The demo: what its users do and count, how a seed's run goes, and the arithmetic of its tables."""
 
 import io
+import math
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,12 +18,14 @@ from trainer.demo_client import Answer, Client, DemoError, Reply, Tally
 from trainer.demo_run import Plan, SeedRun
 from trainer.demo_scores import (
     POLICY_COLUMNS,
+    Gain,
     Rejected,
     Row,
     Score,
     SeedResult,
     Share,
     as_markdown,
+    gain,
     policy_rows,
     score,
     seed_rows,
@@ -224,20 +227,30 @@ def test_a_policy_is_scored_by_hand_worked_numbers() -> None:
     def taste(messages: Sequence[Message], reply: str) -> float:
         return float(reply.startswith("Yellow"))
 
-    assert score("policy-000001", questions, replies, taste, starter) == Score(
+    before = [Reply("Yellow.", "stop")] * 3 + [None, None]
+    assert score("policy-000001", questions, replies, taste, starter, before) == Score(
         policy="policy-000001",
         num_replies=4,
         taste=0.5,
         correct=pytest.approx(2 / 3),
         spoilt=0.5,
         win_rate=win_rate([1, 0, 1, 0]),
+        gain=gain([0, -1, 0]),
     )
+
+
+def test_a_gain_has_the_normal_interval_of_a_mean_difference() -> None:
+    found = gain([-1.0, -1.0, 0.0, -2.0])  # mean -1, variance 2/3
+    assert (found.value, found.half) == (-1.0, pytest.approx(1.96 * math.sqrt(2 / 3 / 4), abs=1e-4))
+    assert found.is_fall
+    assert not gain([-1.0, 1.0, -2.0, 1.5]).is_fall
+    assert not gain([-1.0]).is_fall  # one alone says nothing
 
 
 def rows_of_a_run() -> tuple[Row, ...]:
     return (
-        Score("policy-000000", 400, 0.25, 0.8, 0.01, None),
-        Score("policy-000001", 400, 1.5, 0.85, 0.0, Share(0.9, 0.87, 0.93)),
+        Score("policy-000000", 400, 0.25, 0.8, 0.01, None, None),
+        Score("policy-000001", 400, 1.5, 0.85, 0.0, Share(0.9, 0.87, 0.93), Gain(1.25, 0.1)),
         Rejected(2, "rejected", "not better | than live"),
     )
 
