@@ -56,6 +56,8 @@ class Batch:
 class Reading:
     """What the reference makes of a batch."""
 
+    words: Tensor
+    """[B, L, H] input embeddings, float32."""
     states: Tensor
     """[B, L, H] last hidden states, float32."""
     logprobs: Tensor
@@ -195,6 +197,10 @@ class Roles(nn.Module):
             if f".{POLICY}." in name
         }
 
+    def is_finite(self) -> bool:
+        """Whether every weight of the adapter is a number."""
+        return all(bool(weights.isfinite().all()) for weights in self.policy_parameters())
+
     @torch.no_grad()
     def load_policy_state(self, state: dict[str, Tensor]) -> None:
         """Puts a copy taken by `policy_state` back."""
@@ -237,7 +243,8 @@ class Roles(nn.Module):
         """One pass of the reference: all that reference, reward models and value need of a batch."""
         with self.acting_as(REFERENCE):
             states, logprobs = self._forward(batch, temperature)
-            return Reading(states.float(), logprobs)
+            words = self.model.get_input_embeddings()(batch.ids)
+            return Reading(words.float(), states.float(), logprobs)
 
     def _forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """[B, L, H] last hidden states, and [B, L] log-probabilities of the reply's tokens.

@@ -1,13 +1,14 @@
 """Reward models: the policy's architecture with a scalar head, fit to votes with -log sigmoid(r_chosen - r_rejected).
 
-The head reads the anchor: the mean of its hidden states over the reply, and how likely it found the reply (a right answer
-is a likely one, also to a model that often says the wrong one). The anchor's weights stay as they are, so fitting is convex,
-takes a second, and is the same every time; a few hundred votes cannot do better by bending features.
+The head reads the anchor: over the reply, the means of its input embeddings (which words are there) and of its last hidden states
+(what is said with them), and how likely it found the reply (a right answer is a likely one, also to a model that often says the
+wrong one). The anchor's weights stay as they are, so fitting is convex, takes a second, and is the same every time; a few hundred
+votes cannot do better by bending features.
 
 Heads come as an ensemble, each fit on a bootstrap of the training votes, so that their disagreement says where they guess; and as
 a judge, fit on held-out votes that the ensemble never sees. Sources: arXiv:2203.02155 (eq. 1), arXiv:2310.02743 (ensembles).
 
-Legend: B sequences, L tokens, H hidden size, F = H + 4 features, N comparisons (pairs, and disliked replies against the anchor's
+Legend: B sequences, L tokens, H hidden size, F = 2 H + 4 features, N comparisons (pairs, and disliked replies against the anchor's
 average one), K heads.
 """
 
@@ -25,7 +26,7 @@ from trainer.preferences import Preferences
 
 NUM_LIKELIHOODS = 4
 LIKELIHOOD_PRIOR = 3.0
-"""How much less the likelihood features are shrunk than the hidden ones: they are few, and known to matter."""
+"""How much less the likelihood features are shrunk than the others: they are few, and known to matter."""
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 """Strengths of the penalty on weights that cross-validation chooses from."""
 
@@ -34,7 +35,7 @@ RIDGES = (0.03, 0.1, 0.3, 1.0)
 class RewardSettings:
     """How reward models are fit."""
 
-    members: int = 8
+    members: int = 32
     """Heads in the ensemble."""
     held_out: float = 0.2
     """Share of the votes that the ensemble never sees."""
@@ -69,13 +70,22 @@ class Head:
         return torch.sigmoid(self.sharpness * margin.mean(1))
 
 
+def num_features(hidden_size: int) -> int:
+    """F."""
+    return 2 * hidden_size + NUM_LIKELIHOODS
+
+
 def reward_features(reading: Reading, mask: Tensor) -> Tensor:
-    """[B, F]: mean hidden state over the reply; sum, mean and least of its log-probabilities; its length. mask: (B, L)."""
+    """[B, F]: mean embedding and mean hidden state over the reply; sum, mean and least of its log-probabilities; its length.
+
+    mask: (B, L).
+    """
     length = mask.sum(1, keepdim=True).clamp(min=1)
+    words = (reading.words * mask[..., None]).sum(1) / length
     states = (reading.states * mask[..., None]).sum(1) / length
     total = reading.logprobs.sum(1, keepdim=True)
     least = reading.logprobs.min(1, keepdim=True).values
-    return torch.cat([states, total, total / length, least, length], dim=1)
+    return torch.cat([words, states, total, total / length, least, length], dim=1)
 
 
 @torch.no_grad()
@@ -84,7 +94,7 @@ def read_features(
 ) -> Tensor:
     """[N, F] of (prompt ids, reply ids), in the order given; batched by length."""
     if not sequences:
-        return torch.zeros(0, roles.hidden_size + NUM_LIKELIHOODS, device=roles.device)
+        return torch.zeros(0, num_features(roles.hidden_size), device=roles.device)
     order = sorted(range(len(sequences)), key=lambda index: sum(map(len, sequences[index])))
     rows: list[Tensor] = []
     for start in range(0, len(order), batch_size):

@@ -21,12 +21,13 @@ RIDGE = 20.0
 
 def value_features(reading: Reading, mask: Tensor) -> Tensor:
     """[B, L, G]: at token i, `reward_features` of the reply's tokens before i, the hidden state at i - 1, and 1.0."""
-    states = reading.states * mask[..., None]
+    words, states = reading.words * mask[..., None], reading.states * mask[..., None]
     count = mask.cumsum(1)
     total = reading.logprobs.cumsum(1)
     divisor = count.clamp(min=1)
     so_far = torch.cat(
         [
+            words.cumsum(1) / divisor[..., None],
             states.cumsum(1) / divisor[..., None],
             total[..., None],
             (total / divisor)[..., None],
@@ -48,7 +49,7 @@ class Value:
         self.team = team
         weight = (head.weight / head.spread).mean(1) / head.scale
         bias = -(head.offset / head.spread).mean()
-        self.scale = torch.cat([head.scale, head.scale[:hidden], head.scale.new_ones(1)])
+        self.scale = torch.cat([head.scale, head.scale[hidden : 2 * hidden], head.scale.new_ones(1)])
         start = torch.cat([weight, weight.new_zeros(hidden), bias[None]]) * self.scale
         self.start = start.double()
         self.weight = self.start.clone()

@@ -8,7 +8,7 @@ from tests.benchmarks.ppo_visit import Clock, Figures, Job, Memory, answer
 from trainer.iterations import Iteration
 from trainer.models import Roles, compute_dtype
 from trainer.ppo import PPO, PPOSettings
-from trainer.reward_model import NUM_LIKELIHOODS, Head, RewardSettings
+from trainer.reward_model import Head, RewardSettings, num_features
 
 
 def work(job: Job) -> Figures:
@@ -37,7 +37,7 @@ def work(job: Job) -> Figures:
 
 def make_head(roles: Roles, members: int) -> Head:
     """Random directions, scores of about unit variance."""
-    features = roles.hidden_size + NUM_LIKELIHOODS
+    features = num_features(roles.hidden_size)
     weight = torch.randn(features, members, generator=torch.Generator().manual_seed(members))
     return Head(torch.ones(features), weight / features, torch.zeros(members), torch.ones(members))
 

@@ -9,7 +9,7 @@ from tests.tiny_model import make_model
 from trainer import reward_quality
 from trainer.models import Roles
 from trainer.preferences import Pair, Source
-from trainer.reward_model import Head
+from trainer.reward_model import Head, num_features
 
 
 def test_a_model_of_length_alone_by_hand(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_a_model_of_length_alone_by_hand(tmp_path: Path) -> None:
     roles = Roles.load(make_model(tmp_path), rank=4)
     prompt = roles.prompt_ids([{"role": "user", "content": "so?"}])
     short, long = [40, 1], [40, 40, 1]
-    size = roles.hidden_size + 4
+    size = num_features(roles.hidden_size)
     weight = torch.zeros(size, 1)
     weight[-1] = 1.0
     head = Head(torch.ones(size), weight, torch.zeros(1), torch.ones(1))
