@@ -72,8 +72,7 @@ def learn_anchor(
 
     watch.enter("training")
     shown = [each.prompt for each in held_out]
-    live = gate.draw_sample(roles, judge, served, shown, votes.pairs, guards, seed)
-    anchor_right = gate.draw_anchor_right(roles, served, guards, seed)
+    examination = gate.Examination(roles, judge, served, shown, votes.pairs, guards, seed)
     before = sft.measure_logprobs(roles, held_out)
     tuned = sft.train(
         roles,
@@ -90,10 +89,11 @@ def learn_anchor(
 
     watch.enter("gate")
     lengths = torch.tensor([float(len(each.reply)) for each in held_out])
-    candidate = gate.draw_sample(roles, judge, served, shown, votes.pairs, guards, seed)
-    finite = all(bool(weights.isfinite().all()) for weights in roles.policy_state().values())
+    candidate, live = examination.ask(), examination.live
     likelier = (sft.measure_logprobs(roles, held_out) - before) / lengths
-    verdict = gate.decide_anchor(candidate, live, anchor_right, likelier, lengths.mean().item(), finite)
+    verdict = gate.decide_anchor(
+        candidate, live, examination.anchor_right, likelier, lengths.mean().item(), roles.is_finite()
+    )
     watch.note(gate=verdict.as_dict() | {"epoch": tuned.kept}, samples=side_by_side(live, candidate))
     if not verdict.passed:
         raise Refused(f"The gate refused it: {verdict.reason}.")

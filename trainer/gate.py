@@ -91,45 +91,72 @@ class Sample:
     """[pairs] log-probability of the chosen held-out reply less that of the rejected one."""
 
 
-def draw_sample(
-    roles: Roles,
-    judge: Head | None,
-    sampler: Sampler,
-    prompts: Sequence[list[int]],
-    held_out: Sequence[Pair],
-    guards: Sequence[Guard],
-    seed: int,
-) -> Sample:
-    """Answers of the policy that `roles` holds now: at least `NUM_ANSWERS` to the prompts, `GUARD_DRAWS` to each guard prompt."""
-    generator = torch.Generator(device=roles.device).manual_seed(seed)
-    prompts = [*prompts] * math.ceil(NUM_ANSWERS / max(1, len(prompts)))
-    with roles.acting_as(POLICY):
-        rollouts = sampler.sample(roles.model, prompts, generator)
-        guarded = _answer_guards(roles, sampler, guards, generator)
-    everything = [*rollouts, *guarded]
-    texts = [roles.decode(rollout.reply_ids) for rollout in everything]
-    features = read_features(roles, [(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts])
-    return Sample(
-        judged=judge(features).mean(1) if judge else torch.zeros(0),
-        right=_shares_right(guards, texts[len(rollouts) :]),
-        kl=measure_kl(roles, rollouts),
-        ended=sum(rollout.ended for rollout in everything) / len(everything),
-        repeated=sum(map(repeats, texts)) / len(texts),
-        length=sum(len(rollout.reply_ids) for rollout in everything) / len(everything),
-        shown=[
-            (guard.messages[-1]["content"], text)
-            for guard, text in zip(guards[:NUM_SHOWN], texts[len(rollouts) :], strict=False)
-        ],
-        preference=_preference(roles, [pair for pair in held_out if pair.decided]),
-    )
+class Examination:
+    """Prompts and a judge, the same for every policy that is compared.
 
+    Made while the policy in `roles` is the live one, which is asked then, as the anchor is: `live`, and `anchor_right`, [G] share of
+    its right replies to each guard prompt.
+    """
 
-def draw_anchor_right(roles: Roles, sampler: Sampler, guards: Sequence[Guard], seed: int) -> Tensor:
-    """[G] share of right replies of the anchor to each guard prompt."""
-    generator = torch.Generator(device=roles.device).manual_seed(seed)
-    with roles.acting_as(REFERENCE):
-        guarded = _answer_guards(roles, sampler, guards, generator)
-    return _shares_right(guards, [roles.decode(rollout.reply_ids) for rollout in guarded])
+    def __init__(
+        self,
+        roles: Roles,
+        judge: Head | None,
+        sampler: Sampler,
+        prompts: Sequence[list[int]],
+        held_out: Sequence[Pair],
+        guards: Sequence[Guard],
+        seed: int,
+    ) -> None:
+        """sampler: as users are answered. held_out: votes, of which it is told how far a policy agrees with them."""
+        self._roles = roles
+        self._judge = judge
+        self._sampler = sampler
+        self._prompts = [*prompts] * math.ceil(NUM_ANSWERS / max(1, len(prompts)))
+        self._decided = [pair for pair in held_out if pair.decided]
+        self._guards = guards
+        self._seed = seed
+        self.live = self.ask()
+        with roles.acting_as(REFERENCE):
+            guarded = self._answer_guards(self._generator())
+        self.anchor_right = _shares_right(guards, [roles.decode(rollout.reply_ids) for rollout in guarded])
+
+    def ask(self) -> Sample:
+        """The policy that `roles` hold now: at least `NUM_ANSWERS` replies to the prompts, `GUARD_DRAWS` to each guard prompt."""
+        roles, generator = self._roles, self._generator()
+        with roles.acting_as(POLICY):
+            rollouts = self._sampler.sample(roles.model, self._prompts, generator)
+            guarded = self._answer_guards(generator)
+        everything = [*rollouts, *guarded]
+        texts = [roles.decode(rollout.reply_ids) for rollout in everything]
+        features = read_features(roles, [(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts])
+        return Sample(
+            judged=self._judge(features).mean(1) if self._judge else torch.zeros(0),
+            right=_shares_right(self._guards, texts[len(rollouts) :]),
+            kl=measure_kl(roles, rollouts),
+            ended=sum(rollout.ended for rollout in everything) / len(everything),
+            repeated=sum(map(repeats, texts)) / len(texts),
+            length=sum(len(rollout.reply_ids) for rollout in everything) / len(everything),
+            shown=[
+                (guard.messages[-1]["content"], text)
+                for guard, text in zip(self._guards[:NUM_SHOWN], texts[len(rollouts) :], strict=False)
+            ],
+            preference=_preference(roles, self._decided),
+        )
+
+    def guard_set(self) -> "GuardSet | None":
+        """To be watched in training; None where there are no guard prompts."""
+        if not self._guards:
+            return None
+        return GuardSet(self._roles, self._sampler, self._guards, self.live.right.mean().item(), self._seed)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(device=self._roles.device).manual_seed(self._seed)
+
+    def _answer_guards(self, generator: torch.Generator) -> list[Rollout]:
+        """All guard prompts once, then all again, until each has `GUARD_DRAWS` replies."""
+        prompts = [self._roles.prompt_ids(guard.messages) for guard in self._guards]
+        return self._sampler.sample(self._roles.model, prompts * GUARD_DRAWS, generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +187,8 @@ class GuardSet:
         return Guarded(sum(right), len(right), self.live)
 
 
-def _answer_guards(
-    roles: Roles, sampler: Sampler, guards: Sequence[Guard], generator: torch.Generator
-) -> list[Rollout]:
-    """All guard prompts once, then all again, until each has `GUARD_DRAWS` replies."""
-    prompts = [roles.prompt_ids(guard.messages) for guard in guards]
-    return sampler.sample(roles.model, prompts * GUARD_DRAWS, generator)
-
-
 def _shares_right(guards: Sequence[Guard], texts: Sequence[str]) -> Tensor:
-    """[G] of texts in the order of `_answer_guards`."""
+    """[G] of texts in the order of `Examination._answer_guards`."""
     right = [float(guard.passes(text)) for guard, text in zip([*guards] * GUARD_DRAWS, texts, strict=True)]
     return torch.tensor(right).view(GUARD_DRAWS, -1).mean(0)
 
@@ -188,7 +207,7 @@ def measure_kl(roles: Roles, rollouts: Sequence[Rollout]) -> float:
 
 
 def decide(candidate: Sample, live: Sample, anchor_right: Tensor, kl_budget: float, finite: bool) -> Verdict:
-    """Compares candidate and live. anchor_right: [G] as `draw_anchor_right`."""
+    """Compares candidate and live. anchor_right: [G] as `Examination` has it."""
     gain = _lower_bound(candidate.judged - live.judged)
     checks = [
         _at_least("judge", gain, 0.0, "gain by the held-out judge, lower 95 % bound"),

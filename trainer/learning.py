@@ -3,7 +3,7 @@
 What it measures on the way goes to a `Watch`, which a cycle writes to its row, and a benchmark keeps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,16 +15,16 @@ from trainer import followers, gate, ppo, preference_methods, reward_model, rewa
 from trainer.guard import Guard
 from trainer.iterations import GuardWatch, Iteration, Outcome, checkpoint_path, load_average, mix
 from trainer.models import POLICY, REFERENCE, Roles
-from trainer.preferences import Pair, Preferences, split
+from trainer.preferences import Preferences, split
 from trainer.reward_model import Head
 from trainer.rollouts import Rollout, Sampler
 from trainer.team import ALONE, Team
 
 MIN_PAIRS = 16
 """Decided votes below which nothing is learnt."""
-SHARES = (1.0, 0.75, 0.5, 0.25)
-"""Of the trained weights in what the gate is shown, the rest live's: the first mixture that passes is taken. Part of the way back has
-most of what was gained and little of what was lost."""
+NARROWINGS = 4
+"""Mixtures of the trained weights with live's that the gate is shown where it refuses the trained ones: part of the way back has most
+of what was gained and little of what was lost. Each halves what lies between a share that passed and one that did not."""
 
 
 class TooFewVotes(Exception):
@@ -82,6 +82,27 @@ class Learned:
     """A few of its own replies."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """Reward models, and the votes that they were fit on."""
+
+    train: Preferences
+    held_out: Preferences
+    ensemble: Head
+    judge: Head
+    """Fit on the held-out votes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A mixture that the gate was shown, and what it said."""
+
+    share: float
+    """Of the trained weights, the rest live's."""
+    verdict: gate.Verdict
+    samples: list[dict[str, str]]
+
+
 def learn(
     roles: Roles,
     preferences: Preferences,
@@ -101,6 +122,41 @@ def learn(
         raise TooFewVotes(f"{decided} votes prefer one reply, and {MIN_PAIRS} are needed.")
 
     watch.enter("reward_model")
+    sampler = Sampler(roles.end_ids, recipe.policy.max_tokens, context_tokens=roles.context_tokens)
+    rewards = _fit_rewards(roles, preferences, sampler, recipe, seed, watch)
+
+    watch.enter("training")
+    served = replace(sampler, min_p=recipe.served_min_p)  # the gate sees what users would see
+    held_out = rewards.held_out.pairs
+    prompts = [pair.prompt for pair in held_out]
+    examination = gate.Examination(roles, rewards.judge, served, prompts, held_out, guards, seed)
+    guard = examination.guard_set()
+    outcome = _train(roles, rewards, preferences.prompts, recipe, seed, checkpoints, watch, guard, team)
+    # With every iteration again: an earlier run may have been cut off between one's end and its note.
+    iterations = [asdict(iteration) for iteration in outcome.iterations]
+    training = {"method": recipe.method, "iterations": iterations, "kept": outcome.kept, "why": outcome.why}
+    watch.note(training=training)
+
+    watch.enter("gate")
+    began = torch.load(checkpoint_path(checkpoints, 0), weights_only=True)
+    trained = load_average(checkpoints, outcome.kept) if outcome.kept else began
+    if all(torch.equal(weights, began[name]) for name, weights in trained.items()):
+        # Warming up, a first iteration changes nothing.
+        raise Refused("The gate refused it: the judge liked none of its policies better than live.")
+    chosen = _show_to_gate(roles, examination, began, trained, recipe.policy.kl_budget)
+    told = chosen.verdict.as_dict() | {"iteration": outcome.kept, "share": chosen.share}
+    watch.note(gate=told, samples=chosen.samples)
+    if not chosen.verdict.passed:
+        raise Refused(f"The gate refused it: {chosen.verdict.reason}.")
+    roles.load_policy_state(mix(began, trained, chosen.share))
+    probes = sample_probes(roles, sampler, preferences.prompts, seed)
+    return Learned(outcome.iterations[outcome.kept], rewards.ensemble, rewards.judge, probes)
+
+
+def _fit_rewards(
+    roles: Roles, preferences: Preferences, sampler: Sampler, recipe: Recipe, seed: int, watch: Watch
+) -> Rewards:
+    """Ensemble and judge, and how good they are. Raises TooFewVotes."""
     parts = split(preferences, recipe.reward.held_out, seed)
     train, held_out = parts.train, parts.held_out
     if not parts.unlike.decided or not held_out.decided:
@@ -108,9 +164,7 @@ def learn(
         raise TooFewVotes(
             f"The votes are on {prompts_voted} prompts: too few to hold some out and learn from the rest."
         )
-    prompts = preferences.prompts
-    sampler = Sampler(roles.end_ids, recipe.policy.max_tokens, context_tokens=roles.context_tokens)
-    own = anchor_features(roles, sampler, prompts, seed)
+    own = anchor_features(roles, sampler, preferences.prompts, seed)
     ensemble = reward_model.fit(roles, train, own, recipe.reward, recipe.reward.members, seed)
     judge = reward_model.fit(roles, held_out, own, recipe.reward, 1, seed)
     strict = ensemble
@@ -126,50 +180,48 @@ def learn(
             "disliked": len(preferences.dislikes),
         }
     )
+    return Rewards(train, held_out, ensemble, judge)
 
-    watch.enter("training")
-    served = replace(sampler, min_p=recipe.served_min_p)  # the gate sees what users would see
-    shown = [pair.prompt for pair in held_out.pairs]
-    live = gate.draw_sample(roles, judge, served, shown, held_out.pairs, guards, seed)
-    anchor_right = gate.draw_anchor_right(roles, served, guards, seed)
-    guard = gate.GuardSet(roles, served, guards, live.right.mean().item(), seed) if guards else None
-    outcome = _train(
-        roles, ensemble, judge, prompts, train.pairs, recipe, seed, checkpoints, watch, guard, team
-    )
-    # With every iteration again: an earlier run may have been cut off between one's end and its note.
-    iterations = [asdict(iteration) for iteration in outcome.iterations]
-    told = {"method": recipe.method, "iterations": iterations, "kept": outcome.kept, "why": outcome.why}
-    watch.note(training=told)
 
-    watch.enter("gate")
-    verdict = None
-    began = torch.load(checkpoint_path(checkpoints, 0), weights_only=True)
-    trained = load_average(checkpoints, outcome.kept) if outcome.kept else began
-    # Warming up, a first iteration changes nothing.
-    changed = not all(torch.equal(weights, began[name]) for name, weights in trained.items())
-    for share in SHARES if changed else ():
-        state = mix(began, trained, share)
-        roles.load_policy_state(state)
-        finite = all(bool(weights.isfinite().all()) for weights in state.values())
-        candidate = gate.draw_sample(roles, judge, served, shown, held_out.pairs, guards, seed)
-        verdict = gate.decide(candidate, live, anchor_right, recipe.policy.kl_budget, finite)
-        watch.note(
-            gate=verdict.as_dict() | {"iteration": outcome.kept, "share": share},
-            samples=side_by_side(live, candidate),
-        )
-        if verdict.passed:
-            kept = outcome.iterations[outcome.kept]
-            return Learned(kept, ensemble, judge, sample_probes(roles, sampler, prompts, seed))
-    reason = verdict.reason if verdict else "the judge liked none of its policies better than live"
-    raise Refused(f"The gate refused it: {reason}.")
+def _show_to_gate(
+    roles: Roles,
+    examination: gate.Examination,
+    began: dict[str, Tensor],
+    trained: dict[str, Tensor],
+    kl_budget: float,
+) -> Shown:
+    """What passes with most of the trained weights; where nothing does, the trained weights themselves."""
+    shown: list[Shown] = []
+
+    def passes(share: float) -> bool:
+        roles.load_policy_state(mix(began, trained, share))
+        candidate, live = examination.ask(), examination.live
+        verdict = gate.decide(candidate, live, examination.anchor_right, kl_budget, roles.is_finite())
+        shown.append(Shown(share, verdict, side_by_side(live, candidate)))
+        return verdict.passed
+
+    share = largest_passing(passes)
+    return next((each for each in shown if each.share == share), shown[0])
+
+
+def largest_passing(passes: Callable[[float], bool]) -> float | None:
+    """The largest share that is found to pass: 1.0, else by bisection between it and 0.0. None where none does."""
+    if passes(1.0):
+        return 1.0
+    least, most = 0.0, 1.0
+    for _ in range(NARROWINGS):
+        middle = (least + most) / 2
+        if passes(middle):
+            least = middle
+        else:
+            most = middle
+    return least or None
 
 
 def _train(
     roles: Roles,
-    ensemble: Head,
-    judge: Head,
+    rewards: Rewards,
     prompts: list[list[int]],
-    pairs: Sequence[Pair],
     recipe: Recipe,
     seed: int,
     checkpoints: Path,
@@ -178,6 +230,7 @@ def _train(
     team: Team,
 ) -> Outcome:
     """By the recipe's method; each measures its iterations alike."""
+    ensemble, judge = rewards.ensemble, rewards.judge
     if recipe.method == "ppo":
         total = recipe.policy.iterations
         training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed, team)
@@ -188,7 +241,7 @@ def _train(
     assert recipe.method != "sft"
     settings = preference_methods.PreferenceSettings(method=recipe.method)
     run = preference_methods.PreferenceRun(
-        roles, ensemble, judge, pairs, prompts, settings, recipe.policy, seed
+        roles, ensemble, judge, rewards.train.pairs, prompts, settings, recipe.policy, seed
     )
     return preference_methods.train(
         run, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, settings.iterations), guard

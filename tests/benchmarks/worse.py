@@ -118,19 +118,18 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
 
     ensemble, liked = fit(contrary)
     _, true_judge = fit(given)
-    guards = load_guards(None, starter)
     shown = [pair.prompt for pair in given.held_out.pairs]
-
-    def sample() -> gate.Sample:
-        return gate.draw_sample(roles, true_judge, served, shown, given.held_out.pairs, guards, seed)
-
-    live, before = sample(), judge(roles, taste, seed)
-    anchor_right = gate.draw_anchor_right(roles, served, guards, seed)
+    examination = gate.Examination(
+        roles, true_judge, served, shown, given.held_out.pairs, load_guards(None, starter), seed
+    )
+    before = judge(roles, taste, seed)
     training = ppo.PPO(roles, ensemble, liked, prompts, policy, seed)
     checkpoints = folder / "checkpoints"
     outcome = ppo.train(training, checkpoints, lambda _: None)
     roles.load_policy_state(load_average(checkpoints, outcome.kept))
-    verdict = gate.decide(sample(), live, anchor_right, policy.kl_budget, True)
+    verdict = gate.decide(
+        examination.ask(), examination.live, examination.anchor_right, policy.kl_budget, True
+    )
     probes = sample_probes(roles, sampler, prompts, seed)
     folders = [
         publish(roles, probes, _lineage(f"policy-{number:06d}", starter, seed), folder / "policies")
@@ -184,9 +183,8 @@ class _Users:
         async def vote(number: int) -> None:
             nonlocal given
             while not stop.is_set():
-                has_voted = await self._users[
-                    number
-                ].vote_once()  # `+= await` would forget what others add meanwhile
+                # Not `+= await`, which would forget what others add meanwhile.
+                has_voted = await self._users[number].vote_once()
                 given += has_voted
 
         async with asyncio.timeout(MOST_SECONDS), asyncio.TaskGroup() as voting:
