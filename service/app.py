@@ -40,9 +40,11 @@ from service import (
     users,
     votes,
 )
+from service.adapter_delivery import AdapterDelivery
 from service.auth import may_be_anonymous
 from service.context import Context
 from service.database import async_engine, async_sessions, database_url
+from service.delivery import Delivery
 from service.docs import ERROR_CONTENT, DescribedApp
 from service.edge import Edge
 from service.engine import VllmEngine, engine_connector
@@ -51,6 +53,7 @@ from service.fleet import Connect, Fleet
 from service.journal import Journal
 from service.keyring import KeyRing
 from service.limits import Limits
+from service.merged_delivery import MergedDelivery
 from service.merged_engine import MergedEngine
 from service.reconciler import Reconciler
 from service.referee import Referee
@@ -161,8 +164,13 @@ async def _start(stack: AsyncExitStack, settings: Settings, connect_by: ConnectB
         limits=Limits(settings),
         votes=VoteCount(),
     )
+    delivery: Delivery = (
+        MergedDelivery(fleet, settings.duel_votes)
+        if settings.delivery == "merged"
+        else AdapterDelivery(fleet, context.sessions)
+    )
     referee = Referee(context.sessions, settings)
-    reconciler = Reconciler(settings, fleet, referee, context.sessions)
+    reconciler = Reconciler(settings, fleet, delivery, referee, context.sessions)
     task = asyncio.create_task(reconciler.run(), name="reconciler")
     stack.push_async_callback(_stop, task)
     return context

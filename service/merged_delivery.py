@@ -1,24 +1,27 @@
-"""Merged delivery: which policy each replica should hold, and exchanging its weights without a request noticing.
+"""Merged delivery: an engine holds one policy at a time, and its weights are exchanged without a request noticing.
 
-An engine holds one policy at a time here, so the replicas are shared out: one holds the policy that live is compared with, where there
-is such a one and a replica to spare; the others hold live. One replica at a time is drained, given other weights, probed, and rejoins;
-where none is left to answer meanwhile, new requests wait (`Fleet.settled`). Run by the leader alone, who alone gives answers: whoever
-drains a replica must know of every request that it has.
+So the replicas are shared out: one holds the policy that live is compared with, where there is such a one and a replica to spare; the
+others hold live. One replica at a time is drained, given other weights, probed, and rejoins; where none is left to answer meanwhile,
+new requests wait (`Fleet.settled`). Only the leader does so, who alone gives answers: whoever drains a replica must know of every
+request that it has.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from service import metrics
-from service.errors import PolicyRefused
-from service.fleet import Replica
+from service.delivery import Delivery, SeeTo, give_up
+from service.errors import EngineUnavailable, PolicyRefused
+from service.fleet import Fleet, Replica
 from service.policies import BASE, MERGED, Manifest, Wanted
+from service.tables import Deployment
 
-log = logging.getLogger("ratchet.exchanger")
+log = logging.getLogger("ratchet.delivery")
 DRAIN_LOOK_SECONDS = 0.01
+ONE_REPLICA = "with merged delivery a trial needs two replicas: add one, or set RATCHET_DUEL_VOTES=0"
 
 
 def share_out(held: Mapping[str, str | None], live: str, other: str | None) -> dict[str, str]:
@@ -32,35 +35,83 @@ def share_out(held: Mapping[str, str | None], live: str, other: str | None) -> d
     return {url: other if url == chosen else live for url in held}
 
 
-class Exchanger:
-    """Gives replicas other weights, one at a time."""
+class MergedDelivery(Delivery):
+    """Replicas that hold different policies."""
 
-    def __init__(self, manifest: Callable[[Wanted], Awaitable[Manifest]]) -> None:
-        self._manifest = manifest
+    merged = True
+
+    def __init__(self, fleet: Fleet, duel_votes: int) -> None:
+        """duel_votes: `RATCHET_DUEL_VOTES`; 0 where nothing is put on trial."""
+        super().__init__(fleet)
+        self._duel_votes = duel_votes
+        self._last_term: int | None = None
+        """In which this process led."""
         self._turn = asyncio.Lock()
         self._known: Manifest | None = None
         """The last one that was read: its probe tells of the base too."""
 
-    async def agree(self, replica: Replica, target: Wanted) -> None:
-        """Have a replica, which has just been looked at, hold the target.
+    def plan(self, deployment: Deployment, wanted: list[Wanted], term: int | None) -> SeeTo | None:
+        if term is None:
+            if deployment.leader_term != self._last_term:
+                self._fleet.retire()  # nobody else led since where it is the same: the lock's connection was lost
+            return None
+        self._last_term = term
+        shares = self._share_out(deployment, wanted)
+        return lambda replica: self._agree(replica, shares.get(replica.url))
 
-        Raises PolicyRefused, with the replica ready for nothing then, and EngineUnavailable.
-        """
-        if target.name in replica.verified:
+    def is_ready(self, challenger: str) -> bool:
+        return any(challenger in replica.verified for replica in self._fleet.serving())
+
+    def objection(self, challenger: str) -> str | None:
+        alone = self._duel_votes and len(self._fleet.replicas) == 1
+        return ONE_REPLICA if alone else super().objection(challenger)
+
+    def _share_out(self, deployment: Deployment, wanted: list[Wanted]) -> dict[str, Wanted]:
+        """What each replica that can be given weights should hold."""
+        by_name = {policy.name: policy for policy in wanted}
+        able = [replica for replica in self._fleet.replicas if replica.healthy]
+        compared = deployment.challenger
+        if compared is None and self._fleet.duel is not None:
+            compared = deployment.previous
+        if compared is not None and any(compared in replica.refused for replica in able):
+            compared = None
+        if len(able) == 1 and compared == deployment.challenger and self._duel_votes == 0:
+            return {able[0].url: by_name[compared or deployment.live]}
+        held = {replica.url: next(iter(replica.verified), None) for replica in able}
+        return {url: by_name[name] for url, name in share_out(held, deployment.live, compared).items()}
+
+    async def _agree(self, replica: Replica, target: Wanted | None) -> None:
+        """Look at one replica, and have it hold the target. Without one it has not been looked at yet."""
+        try:
+            await replica.look()
+            if target is not None and target.name not in replica.verified:
+                await self._bring(replica, target)
+        except EngineUnavailable as error:
+            give_up(replica, error)
+
+    async def _bring(self, replica: Replica, target: Wanted) -> None:
+        """Drain a replica and have it hold the target, noting why that was refused: it is ready for nothing then."""
+        if self._is_put_off(replica, target):
             return
-        # Read before anything is drained: a large model's files take long.
-        manifest = await self._manifest(target) if target.name != BASE else None
-        async with self._turn:
-            replica.switching = True
-            try:
-                while replica.running.total():  # each request has a deadline of its own
-                    await asyncio.sleep(DRAIN_LOOK_SECONDS)
-                await self._exchange(replica, target, manifest)
-            except PolicyRefused:
-                await replica.engine.unload(target.name)
-                raise
-            finally:
-                replica.switching = False
+        try:
+            # Read before anything is drained: a large model's files take long.
+            manifest = await self._manifest(target) if target.name != BASE else None
+            async with self._turn:
+                await self._drain_and_exchange(replica, target, manifest)
+        except PolicyRefused as error:
+            self._note_refused(replica, target, error)
+
+    async def _drain_and_exchange(self, replica: Replica, target: Wanted, manifest: Manifest | None) -> None:
+        replica.switching = True
+        try:
+            while replica.running.total():  # each request has a deadline of its own
+                await asyncio.sleep(DRAIN_LOOK_SECONDS)
+            await self._exchange(replica, target, manifest)
+        except PolicyRefused:
+            await replica.engine.unload(target.name)
+            raise
+        finally:
+            replica.switching = False
 
     async def _exchange(self, replica: Replica, target: Wanted, manifest: Manifest | None) -> None:
         started = time.monotonic()

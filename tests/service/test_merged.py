@@ -10,7 +10,7 @@ import pytest
 from service.policies import read_folder
 from tests.engine import running_engine
 from tests.service.conftest import Rows, Serve, publish, wait_until
-from tests.service.test_exchanger import POINTER, chatting, held
+from tests.service.test_merged_delivery import POINTER, chatting, held
 from tests.tiny_model import make_policy
 
 pytestmark = [pytest.mark.database, pytest.mark.engine]

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from service.database import database_url
-from service.exchanger import share_out
+from service.merged_delivery import share_out
 from service.reconciler import LEADER_LOCK, POLL_SECONDS
 from service.settings import Settings
 from tests.adapters import BASE_WEIGHTS, write_policy
