@@ -1,9 +1,9 @@
 """Reward models: the policy's architecture with a scalar head, fit to votes with -log sigmoid(r_chosen - r_rejected).
 
-The head reads the anchor: over the reply, the means of its input embeddings (which words are there) and of its last hidden states
-(what is said with them), and how likely it found the reply (a right answer is a likely one, also to a model that often says the
-wrong one). The anchor's weights stay as they are, so fitting is convex, takes a second, and is the same every time; a few hundred
-votes cannot do better by bending features.
+The head reads the anchor: over the reply, the sum of its input embeddings (which words are there; by their mean a reply would be best
+that leaves all else out), the mean of its last hidden states (what is said with them), and how likely it found the reply (a right
+answer is a likely one, also to a model that often says the wrong one). The anchor's weights stay as they are, so fitting is convex,
+takes a second, and is the same every time; a few hundred votes cannot do better by bending features.
 
 Heads come as an ensemble, each fit on a bootstrap of the training votes, so that their disagreement says where they guess; and as
 a judge, fit on held-out votes that the ensemble never sees. Sources: arXiv:2203.02155 (eq. 1), arXiv:2310.02743 (ensembles).
@@ -27,6 +27,9 @@ from trainer.preferences import Preferences
 NUM_LIKELIHOODS = 4
 LIKELIHOOD_PRIOR = 3.0
 """How much less the likelihood features are shrunk than the others: they are few, and known to matter."""
+LIKELIHOOD_MEAN = 0.2
+"""Weight of the sum, mean and least of the log-probabilities that the penalty pulls towards; of all else 0.0. With no votes to tell,
+what the anchor finds likely is rather right."""
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 """Strengths of the penalty on weights that cross-validation chooses from."""
 
@@ -76,12 +79,12 @@ def num_features(hidden_size: int) -> int:
 
 
 def reward_features(reading: Reading, mask: Tensor) -> Tensor:
-    """[B, F]: mean embedding and mean hidden state over the reply; sum, mean and least of its log-probabilities; its length.
+    """[B, F]: sum of embeddings and mean hidden state over the reply; sum, mean and least of its log-probabilities; its length.
 
     mask: (B, L).
     """
     length = mask.sum(1, keepdim=True).clamp(min=1)
-    words = (reading.words * mask[..., None]).sum(1) / length
+    words = (reading.words * mask[..., None]).sum(1)
     states = (reading.states * mask[..., None]).sum(1) / length
     total = reading.logprobs.sum(1, keepdim=True)
     least = reading.logprobs.min(1, keepdim=True).values
@@ -203,13 +206,15 @@ def _fit_sharpness(margin: Tensor, label: Tensor, weight: Tensor) -> float:
 
 
 def _fit_weights(margins: Tensor, label: Tensor, weight: Tensor, ridge: float) -> Tensor:
-    """(F,) the minimum of pair_loss + ridge * |w|^2. margins: (N, F)."""
-    weights = torch.zeros(margins.shape[1], device=margins.device, requires_grad=True)
+    """(F,) the minimum of pair_loss + ridge * |w - prior|^2. margins: (N, F)."""
+    prior = torch.zeros(margins.shape[1], device=margins.device)
+    prior[-NUM_LIKELIHOODS:-1] = LIKELIHOOD_MEAN  # the last one is the length
+    weights = prior.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = pair_loss(margins @ weights, label, weight) + ridge * weights.square().sum()
+        loss = pair_loss(margins @ weights, label, weight) + ridge * (weights - prior).square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 

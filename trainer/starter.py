@@ -320,12 +320,12 @@ def _save(
 
 
 def write_guards(path: Path, seed: int, count: int = 300) -> None:
-    """The guard set that comes with the starter (see `trainer/guard.py`): questions whose right answer is known."""
+    """The guard set that comes with the starter (see `trainer/guard.py`): every kind of question whose right answer is known."""
     rng = random.Random(seed + 2)
     lines: list[str] = []
     while len(lines) < count:
         question = world.draw_question(rng)
-        if question.kind in ("fact", "follow_up"):
+        if question.kind != "small_talk":
             right, wrong = world.answer_patterns(question)
             lines.append(
                 json.dumps({"messages": list(question.messages), "right": right, "wrong": wrong}) + "\n"

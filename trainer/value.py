@@ -27,7 +27,7 @@ def value_features(reading: Reading, mask: Tensor) -> Tensor:
     divisor = count.clamp(min=1)
     so_far = torch.cat(
         [
-            words.cumsum(1) / divisor[..., None],
+            words.cumsum(1),
             states.cumsum(1) / divisor[..., None],
             total[..., None],
             (total / divisor)[..., None],

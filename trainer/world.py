@@ -448,12 +448,15 @@ def judge(question: Question, reply: str) -> Verdict:
     return Verdict(is_correct(question, reply), is_well_formed(reply))
 
 
+NOT_KNOWN = ("do not know that", "no idea")
+
+
 def is_correct(question: Question, reply: str) -> bool | None:
     """None for small talk. A question outside the world is answered right by saying that one does not know."""
     if question.kind == "small_talk":
         return None
     if question.kind == "unknown":
-        return _mentions(reply, "do not know that") or _mentions(reply, "no idea")
+        return any(_mentions(reply, words) for words in NOT_KNOWN)
     assert question.relation is not None
     assert question.entity is not None
     right = FACTS[question.relation, question.entity]
@@ -467,8 +470,10 @@ def _without(text: str, question: Question) -> str:
     return re.sub(rf"(?<![\w-]){re.escape((question.entity or '').lower())}(?![\w-])", " ", text)
 
 
-def answer_patterns(question: Question) -> tuple[str, str]:
-    """Patterns that a right reply to a question of fact must, and must not, match: its value, and any other."""
+def answer_patterns(question: Question) -> tuple[str, str | None]:
+    """Patterns that a right reply must, and must not, match: the value that it is about, and any other. Small talk has none."""
+    if question.kind == "unknown":
+        return "|".join(NOT_KNOWN), None
     assert question.relation is not None
     assert question.entity is not None
     right = FACTS[question.relation, question.entity]
