@@ -28,13 +28,14 @@ OF_ONE_ENGINE = ("tests/clients/", "tests/deploy/", "tests/service/test_engine.p
 LONG = (
     *OF_ONE_ENGINE,
     "tests/service/test_up.py",
+    "tests/service/test_running_loop.py",
     "tests/service/test_fuzz.py",
     "tests/service/test_merged.py",
     "tests/trainer/test_resume.py",
     "tests/trainer/test_families.py",
     "tests/trainer/test_team.py",
 )
-"""What takes long, and would keep one worker waiting for the other were it last. (`--no-loadscope-reorder`: pytest-xdist would begin
+"""What takes long, and would keep the other workers waiting were it last. (`--no-loadscope-reorder`: pytest-xdist would begin
 with the files that have most tests.)"""
 
 
@@ -44,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class SideBySide(LoadScopeScheduling):  # type: ignore[misc]
-    """`-n 2`: a file of tests is one worker's, and all that use the real vLLM are the same one's, so that it is started once."""
+    """`-n 3`: a file of tests is one worker's, and all that use the real vLLM are the same one's, so that it is started once."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "engine" if nodeid.startswith(OF_ONE_ENGINE) else nodeid.split("::")[0]

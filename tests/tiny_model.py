@@ -50,18 +50,35 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "cohere": (CohereConfig, SMALL | {"logit_scale": 0.25}),
 }
 """Small ones, in which what sets a family apart is large enough to be seen."""
+CONSTANT, END_WEIGHT = 30.0, 2.3
+"""With these a reply has some dozens of tokens."""
 PROBE = [[5, 9, 40, 41, 12, 77, 60], [3, 70, 71, 80, 1, 4, 33, 90]]
 
 
-def make_model(folder: Path) -> Path:
-    """Write a Hugging Face model folder (two layers, hidden 128, head size 64, untied)."""
+def make_model(folder: Path, *, ends: bool = False) -> Path:
+    """Write a Hugging Face model folder (two layers, hidden 128, head size 64, untied).
+
+    It hardly ever ends a reply, or, with `ends`, at any token with a probability of some percent.
+    """
     tokenizer = _make_tokenizer()
     tokenizer.save_pretrained(folder)
     model = LlamaForCausalLM(_config(len(tokenizer)))
     with torch.no_grad():
-        model.lm_head.weight[model.config.eos_token_id] = 0  # replies are long: hardly ever ends one
+        model.lm_head.weight[model.config.eos_token_id] = 0
+        if ends:
+            _end_often(model)
     model.save_pretrained(folder)
     return folder
+
+
+def _end_often(model: LlamaForCausalLM) -> None:
+    """Of the hidden state, one channel is the same for all tokens, and only the end's logit reads it."""
+    model.model.embed_tokens.weight[:, 0] = CONSTANT
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0
+        layer.mlp.down_proj.weight[0] = 0
+    model.lm_head.weight[:, 0] = 0
+    model.lm_head.weight[model.config.eos_token_id, 0] = END_WEIGHT
 
 
 def make_family(folder: Path, family: str, *, tied: bool = True, padded: bool = True) -> Path:

@@ -164,7 +164,7 @@ def test_answers_that_say_the_same_are_not_offered_for_a_vote(serve: Serve, page
     expect(page.locator("#vote")).to_be_hidden()
 
 
-def test_on_a_phone_one_answer_fills_the_screen_and_scrolling_sideways_snaps_to_the_other(
+def test_on_a_phone_one_answer_fills_the_screen_and_a_swipe_brings_the_other(
     serve: Serve, page: Page
 ) -> None:
     page.goto(str(serve(FakeEngine()).base_url))
@@ -176,9 +176,16 @@ def test_on_a_phone_one_answer_fills_the_screen_and_scrolling_sideways_snaps_to_
     box = first.bounding_box()
     assert box is not None
     assert box["width"] > 0.75 * 390
-    page.mouse.move(box["x"] + 100, box["y"] + 30)
-    page.mouse.wheel(250, 0)
+    swipe(page, box["x"] + 250, box["y"] + 30, -200)
     expect(second).to_be_in_viewport(ratio=0.99)
+    swipe(page, box["x"] + 100, box["y"] + 30, 200)
+    expect(first).to_be_in_viewport(ratio=0.99)
+
+
+def swipe(page: Page, x: float, y: float, distance: float) -> None:
+    """A finger's, by so many pixels to the right."""
+    gesture = {"x": x, "y": y, "xDistance": distance, "gestureSourceType": "touch", "speed": 1200}
+    page.context.new_cdp_session(page).send("Input.synthesizeScrollGesture", gesture)
 
 
 def test_two_answers_come_at_the_pace_of_the_slower(serve: Serve, page: Page) -> None:
