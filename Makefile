@@ -8,7 +8,7 @@ LOCK := uv pip compile --quiet --upgrade --universal --python-version 3.11 --gen
 	--custom-compile-command "make lock"
 LOCK_CPU := $(LOCK) pyproject.toml requirements/needs.in --overrides requirements/overrides.txt --extra cpu
 
-.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo bench-duel bench-learning bench-swap bench-fleet bench-worse clean lock
+.PHONY: help up demo test fuzz check bench-gateway bench-durability bench-scale bench-transfer bench-ppo bench-duel bench-learning bench-swap bench-fleet bench-worse bench-page clean lock
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -24,7 +24,7 @@ demo: ## simulated users chat and vote, and the terminal shows the loop learn; T
 
 test: ## set everything up and run all tests: real PostgreSQL, vLLM and browser
 	@sh deploy/setup.sh test
-	@exec $(PYTHON) -m pytest -n 2 --no-loadscope-reorder
+	@exec $(PYTHON) -m pytest -n 3 --no-loadscope-reorder
 
 fuzz: ## 10,000 cases without keys and 10,000 with, made from the OpenAPI document; CASES=10000 SEED=0
 	@sh deploy/setup.sh test
@@ -74,6 +74,10 @@ bench-fleet: ## two replicas under load, swapped, then killed with -9 again and 
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.fleet $(if $(DELIVERY),--delivery $(DELIVERY)) $(if $(KILLS),--kills $(KILLS)) \
 		$(if $(SWAPS),--swaps $(SWAPS)) $(if $(CLIENTS),--clients $(CLIENTS))
+
+bench-page: ## the pages in a real browser: weight, time to use, and dropped frames while two answers stream for a minute
+	@sh deploy/setup.sh test
+	@exec $(PYTHON) -m tests.benchmarks.page
 
 bench-worse: ## a policy that was trained to be worse: what the gate, a trial and the watch after a forced promotion make of it; TASTE=warm SEED=0
 	@sh deploy/setup.sh test
