@@ -176,16 +176,25 @@ def test_on_a_phone_one_answer_fills_the_screen_and_a_swipe_brings_the_other(
     box = first.bounding_box()
     assert box is not None
     assert box["width"] > 0.75 * 390
-    swipe(page, box["x"] + 250, box["y"] + 30, -200)
+    swipe(page, box["x"] + 280, box["y"] + 30, -240)
     expect(second).to_be_in_viewport(ratio=0.99)
-    swipe(page, box["x"] + 100, box["y"] + 30, 200)
+    swipe(page, box["x"] + 60, box["y"] + 30, 240)
     expect(first).to_be_in_viewport(ratio=0.99)
 
 
 def swipe(page: Page, x: float, y: float, distance: float) -> None:
     """A finger's, by so many pixels to the right."""
-    gesture = {"x": x, "y": y, "xDistance": distance, "gestureSourceType": "touch", "speed": 1200}
-    page.context.new_cdp_session(page).send("Input.synthesizeScrollGesture", gesture)
+    session, steps = page.context.new_cdp_session(page), 10
+
+    def touch(kind: str, *points: float) -> None:
+        fingers = [{"x": point, "y": y} for point in points]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+
+    touch("touchStart", x)
+    for step in range(1, steps + 1):
+        touch("touchMove", x + distance * step / steps)
+        page.wait_for_timeout(16)
+    touch("touchEnd")
 
 
 def test_two_answers_come_at_the_pace_of_the_slower(serve: Serve, page: Page) -> None:
