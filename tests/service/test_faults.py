@@ -39,7 +39,7 @@ BASE, NEW, NEWER = "policy-000000", "policy-000001", "policy-000002"
 POINTER = "SELECT live, previous, challenger FROM deployment"
 HERE = "(SELECT oid FROM pg_database WHERE datname = current_database())"
 LEADERS = f"SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = {HERE}"
-AWAY_SECONDS = 8.0
+AWAY_SECONDS = 30.0
 
 
 @pytest.fixture
