@@ -125,8 +125,8 @@ def test_what_the_service_adds_leaves_out_what_the_engine_takes(serve: Serve, st
 def test_the_policies_in_use_are_named_by_role(serve: Serve, rows: Rows, tmp_path: Path) -> None:
     client = serve(FakeEngine())
     assert value(read(client), "ratchet_policy_info", policy="policy-000000", role="live") == 1
-    publish(rows, "policy-000001", tmp_path / "nothing")
     rise = Rise(client)
+    publish(rows, "policy-000001", tmp_path / "nothing")
     wait_until(lambda: rise.of("ratchet_swaps_total", result="refused") == 1)  # its folder is not there
     rows("UPDATE deployment SET previous = 'policy-000001'")
     rows("NOTIFY deployment")
