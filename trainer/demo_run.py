@@ -29,7 +29,9 @@ BEGIN_SECONDS = 120.0
 """Within which a cycle must have begun once its votes are there."""
 CYCLE_SECONDS = 3600.0
 SEEDS_APART = 1_000_000
-"""Between the sampling seeds of two policies' evaluations."""
+"""Between the sampling seeds of two policies' evaluations: more than an evaluation has questions."""
+MOST_POLICIES = 1_000
+"""In a run of one seed."""
 ASKED_AT_ONCE = 16
 """Questions of an evaluation."""
 ENDED = ("promoted", "rejected", "failed")
@@ -69,7 +71,7 @@ class SeedRun:
 
     def __post_init__(self) -> None:
         self.users = make_users(NUM_USERS, self.plan.taste, self.client, self.seed)
-        self.questions = draw_evaluation(self.plan.num_questions)
+        self.questions = draw_evaluation(self.plan.num_questions, self.seed)
 
     async def play(self) -> tuple[Row, ...]:
         """From the starter to the last cycle. Raises DemoError, PartEnded."""
@@ -89,7 +91,8 @@ class SeedRun:
 
     async def _evaluate(self, policy: str) -> None:
         with self.screen.bar(f"evaluating {policy}", len(self.questions)) as step:
-            seed = (int(policy.rpartition("-")[2]) + 1) * SEEDS_APART
+            number = 1 + int(policy.rpartition("-")[2]) + self.seed * MOST_POLICIES
+            seed = number * SEEDS_APART
             replies = await evaluate(self.client, policy, self.questions, seed, ASKED_AT_ONCE, step)
         if all(reply is None for reply in replies):
             raise DemoError(f"{policy} answered none of the evaluation's questions.")

@@ -6,6 +6,7 @@ Arithmetic and text only; nothing here asks anything. Used by `simulate.py`.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from rich.table import Table
 
@@ -153,8 +154,10 @@ def win_rate(differences: Sequence[float]) -> Share:
     Source: Wilson, JASA 22 (1927).
     """
     wins = sum(0.5 if abs(value) < SAME_SCORE else float(value > 0) for value in differences)
-    num = len(differences)
-    share = wins / num
+    return _wilson(wins / len(differences), len(differences))
+
+
+def _wilson(share: float, num: int) -> Share:
     scale = 1 + Z_95**2 / num
     middle = (share + Z_95**2 / (2 * num)) / scale
     half = Z_95 / scale * math.sqrt(share * (1 - share) / num + Z_95**2 / (4 * num**2))
@@ -210,7 +213,7 @@ def _policy_row(row: Row) -> list[str]:
 
 
 def seed_rows(results: Sequence[SeedResult]) -> list[list[str]]:
-    """Of the summary, seed by seed: the starter against what is live in the end."""
+    """Of the summary, seed by seed and all together: the starter against what is live in the end."""
     rows = []
     for result in results:
         starter, live = result.scores[0], result.scores[-1]
@@ -225,7 +228,23 @@ def seed_rows(results: Sequence[SeedResult]) -> list[list[str]]:
                 f"{result.minutes:.1f}",
             ]
         )
-    return rows
+    return rows if len(rows) < 2 else [*rows, _row_of_all(results)]
+
+
+def _row_of_all(results: Sequence[SeedResult]) -> list[str]:
+    """Each seed asks questions of its own, so that together they see what is too rare for one."""
+    starters = [result.scores[0] for result in results]
+    lives = [result.scores[-1] for result in results]
+    wins = [0.5 if live.win_rate is None else live.win_rate.value for live in lives]
+    return [
+        "all",
+        str(sum(result.num_votes for result in results)),
+        "",
+        str(_wilson(fmean(wins), sum(live.num_replies for live in lives))),
+        f"{fmean(each.correct for each in starters):.3f} -> {fmean(each.correct for each in lives):.3f}",
+        f"{fmean(each.spoilt for each in starters):.4f} -> {fmean(each.spoilt for each in lives):.4f}",
+        f"{sum(result.minutes for result in results):.1f}",
+    ]
 
 
 def as_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -104,7 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--evaluate",
         type=int,
-        default=1600,
+        default=2000,
         help="questions that each policy is scored on: one answer in a thousand is what repeated ones are counted in",
     )
     parser.add_argument(

@@ -70,9 +70,9 @@ async def give_votes(users: Sequence[SimulatedUser], num_votes: int, on_vote: Ca
     await _all(vote_on(user) for user in users)
 
 
-def draw_evaluation(num_questions: int) -> list[world.Question]:
-    """The fixed questions that policies are compared on."""
-    rng = random.Random(EVALUATION_SEED)
+def draw_evaluation(num_questions: int, seed: int = 0) -> list[world.Question]:
+    """The questions that policies are compared on: the same ones for the same seed."""
+    rng = random.Random(EVALUATION_SEED + seed)
     return [world.draw_question(rng) for _ in range(num_questions)]
 
 

@@ -271,6 +271,19 @@ def test_the_tables_compare_the_starter_with_what_is_live_in_the_end() -> None:
     assert policy_rows(result)[2][0] == "cycle 2 rejected"
 
 
+def test_the_last_row_of_several_seeds_is_all_of_them_together() -> None:
+    worse = (
+        Score("policy-000000", 400, 0.25, 0.7, 0.0, None, None),
+        Score("policy-000001", 400, 1.5, 0.75, 0.005, Share(0.8, 0.7, 0.9), Gain(1.25, 0.1)),
+    )
+    results = [SeedResult(3, 450, rows_of_a_run(), 4.25), SeedResult(4, 450, worse, 5.0)]
+    *_, row = seed_rows(results)
+    assert row[:3] == ["all", "900", ""]
+    assert row[3].startswith("0.850 [0.8")  # of 800 questions, not of 400
+    assert row[4:] == ["0.750 -> 0.800", "0.0050 -> 0.0025", "9.2"]
+    assert len(seed_rows(results)) == 3
+
+
 def test_the_markdown_is_a_table_whatever_its_cells_hold() -> None:
     text = as_markdown(POLICY_COLUMNS, policy_rows(SeedResult(3, 450, rows_of_a_run(), 4.25)))
     assert {line.count("|") for line in text.splitlines()} == {len(POLICY_COLUMNS) + 1}
