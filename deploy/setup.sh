@@ -136,7 +136,7 @@ make_venv() {
 # What is not Python, such as a template, fails, which is as well. Left out is a quarter of it, that hardly anything imports:
 # libraries' own tests, and the hundreds of models of transformers.
 compile() {
-    "$venv/bin/python" -m compileall -q -j 0 -x '/tests?/|/transformers/models/(?!auto|llama)' "$venv"/lib/python3*/site-packages || true
+    "$venv/bin/python" -m compileall -q -j 0 -x 'site-packages/.*/tests?/|/transformers/models/(?!auto|llama)' "$venv"/lib/python3*/site-packages || true
 }
 
 install_torch() {

@@ -165,7 +165,7 @@ async def _start(stack: AsyncExitStack, settings: Settings, connect_by: ConnectB
         votes=VoteCount(),
     )
     delivery: Delivery = (
-        MergedDelivery(fleet, settings.duel_votes)
+        MergedDelivery(fleet, context.sessions, settings.duel_votes)
         if settings.delivery == "merged"
         else AdapterDelivery(fleet, context.sessions)
     )

@@ -110,6 +110,9 @@ class Engine(Protocol):
     async def models(self) -> Models:
         """The base and the adapters that it can answer with."""
 
+    def forget(self) -> None:
+        """Ask anew what it holds: another process may have changed that."""
+
     async def complete_one(self, policy: str) -> None:
         """Generate one token: the only proof that an engine still works."""
 
@@ -190,6 +193,9 @@ class VllmEngine:
                     self._opening.discard(limit)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _gone(error) from error
+
+    def forget(self) -> None:
+        """Nothing is remembered: it is asked each time."""
 
     def drop(self) -> None:
         opening, self._opening = self._opening, set()

@@ -270,6 +270,8 @@ class Fleet:
         """Answer with its live policy from now on, unless a later change is known already."""
         known = self._deployment
         if known is None or deployment.changed_at >= known.changed_at:
+            if known is not None:
+                self.live_policy()  # what it answers with until the new one is ready, also where nobody has asked yet
             self._deployment = deployment
             metrics.show_policies(deployment)
 

@@ -56,6 +56,9 @@ class MergedEngine(VllmEngine):
         held = {AS_STARTED: {BASE}, BETWEEN: set()}.get(self._version, {self._version})
         return Models(frozenset(held), found.context_tokens)
 
+    def forget(self) -> None:
+        self._version = None
+
     async def load(self, policy: str, path: str) -> None:
         """Exchange the weights; nothing may be asked of the engine meanwhile. Raises PolicyRefused where it cannot read them.
 

@@ -91,18 +91,22 @@ class Reconciler:
         self._fleet.duel = duels.as_match(running) if running is not None else None
         see_to = self._delivery.plan(deployment, wanted, term)
         if see_to is not None:
-            await self._see_to_all(see_to)
+            self._begin(see_to)
+        await self._collect()
         if term is not None:
             ready = await self._ready(deployment.challenger, term)
             moved = await self._referee.look(ready, term) if ready or running else None
             if moved is not None:
                 self._fleet.point(moved)
 
-    async def _see_to_all(self, see_to: SeeTo) -> None:
-        """See to every replica that is not being seen to; whoever takes longer goes on meanwhile. Raises what one of them raised."""
+    def _begin(self, see_to: SeeTo) -> None:
+        """See to every replica that is not being seen to."""
         for replica in self._fleet.replicas:
             if replica not in self._under_way:
                 self._under_way[replica] = asyncio.create_task(see_to(replica))
+
+    async def _collect(self) -> None:
+        """Wait a while for them; whoever takes longer goes on meanwhile. Raises what one of them raised."""
         if not self._under_way:
             return
         done, _ = await asyncio.wait(self._under_way.values(), timeout=POLL_SECONDS)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import psycopg
 import pytest
 from pydantic import SecretStr
@@ -17,6 +18,10 @@ from service import embedded, schema
 from service.database import database_url
 from service.settings import ALIASES, Settings, get_settings
 from tests.engine import free_port, running_engine
+
+# The same examples each time, however slow the machine is.
+hypothesis.settings.register_profile("ratchet", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ratchet")
 
 TEMPLATE = "ratchet_template"
 NUMBERS = itertools.count(1)

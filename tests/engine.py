@@ -14,7 +14,7 @@ from typing import Literal
 from service.engine_process import engine_command, engine_environment
 from service.settings import Settings
 
-START_SECONDS = 150
+START_SECONDS = 400
 
 
 def free_port() -> int:

@@ -66,7 +66,7 @@ class SeedRun:
     rows: list[Row] = field(default_factory=list)
     starter: list[Reply | None] | None = None
     """The starter's replies to the evaluation's questions, once they are there."""
-    before: list[Reply | None] | None = None
+    last: list[Reply | None] | None = None
     """Those of the policy that was evaluated last."""
 
     def __post_init__(self) -> None:
@@ -77,27 +77,28 @@ class SeedRun:
         """From the starter to the last cycle. Raises DemoError, PartEnded."""
         live = (await self.client.read_deployment())["live"]
         for policy in dict.fromkeys((BASE, live)):
-            await self._evaluate(policy)
+            await self._evaluate(policy, None)
         for number in range(1, self.plan.num_cycles + 1):
             cycles = await self.client.operate("GET", "/operator/cycles")
             last_id = cycles[0]["id"] if cycles else 0
             await self._vote(number)
             cycle = await self._train(last_id)
             if cycle["stage"] == "promoted":
-                await self._evaluate(cycle["policy"])
+                await self._evaluate(cycle["policy"], self.last)
             else:
                 self.rows.append(Rejected(cycle["id"], cycle["stage"], cycle["reason"] or "no reason given"))
         return tuple(self.rows)
 
-    async def _evaluate(self, policy: str) -> None:
+    async def _evaluate(self, policy: str, before: list[Reply | None] | None) -> None:
+        """before: replies of the policy that it has just taken the place of, if it has."""
         with self.screen.bar(f"evaluating {policy}", len(self.questions)) as step:
             number = 1 + int(policy.rpartition("-")[2]) + self.seed * MOST_POLICIES
             seed = number * SEEDS_APART
             replies = await evaluate(self.client, policy, self.questions, seed, ASKED_AT_ONCE, step)
         if all(reply is None for reply in replies):
             raise DemoError(f"{policy} answered none of the evaluation's questions.")
-        row = score(policy, self.questions, replies, self.plan.taste, self.starter, self.before)
-        self.starter, self.before = self.starter or replies, replies
+        row = score(policy, self.questions, replies, self.plan.taste, self.starter, before)
+        self.starter, self.last = self.starter or replies, replies
         self.rows.append(row)
         self.screen.say(f"  {policy}: {_line(row)}")
 

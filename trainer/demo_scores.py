@@ -27,6 +27,8 @@ class Share:
     value: float
     low: float
     high: float
+    num: int
+    """Of how many."""
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -161,7 +163,7 @@ def _wilson(share: float, num: int) -> Share:
     scale = 1 + Z_95**2 / num
     middle = (share + Z_95**2 / (2 * num)) / scale
     half = Z_95 / scale * math.sqrt(share * (1 - share) / num + Z_95**2 / (4 * num**2))
-    return Share(share, middle - half, middle + half)
+    return Share(share, middle - half, middle + half, num)
 
 
 def gain(differences: Sequence[float]) -> Gain:
@@ -232,15 +234,18 @@ def seed_rows(results: Sequence[SeedResult]) -> list[list[str]]:
 
 
 def _row_of_all(results: Sequence[SeedResult]) -> list[str]:
-    """Each seed asks questions of its own, so that together they see what is too rare for one."""
+    """Each seed asks questions of its own, so that together they see what is too rare for one. Where nothing was promoted the starter
+    stays, and wins half.
+    """
     starters = [result.scores[0] for result in results]
     lives = [result.scores[-1] for result in results]
-    wins = [0.5 if live.win_rate is None else live.win_rate.value for live in lives]
+    nothing = Share(0.5, 0.5, 0.5, lives[0].num_replies)
+    wins = [live.win_rate or nothing for live in lives]
     return [
         "all",
         str(sum(result.num_votes for result in results)),
         "",
-        str(_wilson(fmean(wins), sum(live.num_replies for live in lives))),
+        str(_wilson(fmean(each.value for each in wins), sum(each.num for each in wins))),
         f"{fmean(each.correct for each in starters):.3f} -> {fmean(each.correct for each in lives):.3f}",
         f"{fmean(each.spoilt for each in starters):.4f} -> {fmean(each.spoilt for each in lives):.4f}",
         f"{sum(result.minutes for result in results):.1f}",

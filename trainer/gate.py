@@ -36,6 +36,8 @@ WATCHED = 64
 """Guard prompts that are asked in each iteration of training."""
 ONE_SIDED_95 = 1.64
 """Standard errors."""
+JUDGE = "judge"
+"""Name of the check that a policy has gained something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,11 @@ class Verdict:
         """The checks that failed, in one line; empty where none did."""
         failed = [check for check in self.checks if not check.passed]
         return "; ".join(f"{check.name} {check.value:.3f} (needs {check.threshold:.3f})" for check in failed)
+
+    @property
+    def gains_too_little(self) -> bool:
+        """Whether it fails for want of a gain, and for nothing else: nearer to live, it would gain less."""
+        return [check.name for check in self.checks if not check.passed] == [JUDGE]
 
     def as_dict(self) -> dict[str, object]:
         return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
@@ -118,15 +125,15 @@ class Examination:
         self._seed = seed
         self.live = self.ask()
         with roles.acting_as(REFERENCE):
-            guarded = self._answer_guards(self._generator())
+            guarded = self._answer_guards()
         self.anchor_right = _shares_right(guards, [roles.decode(rollout.reply_ids) for rollout in guarded])
 
     def ask(self) -> Sample:
         """The policy that `roles` hold now: at least `NUM_ANSWERS` replies to the prompts, `GUARD_DRAWS` to each guard prompt."""
-        roles, generator = self._roles, self._generator()
+        roles = self._roles
         with roles.acting_as(POLICY):
-            rollouts = self._sampler.sample(roles.model, self._prompts, generator)
-            guarded = self._answer_guards(generator)
+            rollouts = self._sample(self._prompts, self._seed)
+            guarded = self._answer_guards()
         everything = [*rollouts, *guarded]
         texts = [roles.decode(rollout.reply_ids) for rollout in everything]
         features = read_features(roles, [(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts])
@@ -150,13 +157,15 @@ class Examination:
             return None
         return GuardSet(self._roles, self._sampler, self._guards, self.live.right.mean().item(), self._seed)
 
-    def _generator(self) -> torch.Generator:
-        return torch.Generator(device=self._roles.device).manual_seed(self._seed)
-
-    def _answer_guards(self, generator: torch.Generator) -> list[Rollout]:
+    def _answer_guards(self) -> list[Rollout]:
         """All guard prompts once, then all again, until each has `GUARD_DRAWS` replies."""
         prompts = [self._roles.prompt_ids(guard.messages) for guard in self._guards]
-        return self._sampler.sample(self._roles.model, prompts * GUARD_DRAWS, generator)
+        return self._sample(prompts * GUARD_DRAWS, self._seed + 1)
+
+    def _sample(self, prompts: Sequence[list[int]], seed: int) -> list[Rollout]:
+        """With the same random numbers for whoever answers, so that equal policies say the same."""
+        generator = torch.Generator(device=self._roles.device).manual_seed(seed)
+        return self._sampler.sample(self._roles.model, prompts, generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +219,7 @@ def decide(candidate: Sample, live: Sample, anchor_right: Tensor, kl_budget: flo
     """Compares candidate and live. anchor_right: [G] as `Examination` has it."""
     gain = _lower_bound(candidate.judged - live.judged)
     checks = [
-        _at_least("judge", gain, 0.0, "gain by the held-out judge, lower 95 % bound"),
+        _above(JUDGE, gain, 0.0, "gain by the held-out judge, lower 95 % bound"),
         *_kept_up(candidate, live, anchor_right, 2.0 * live.length),
         _at_most("kl", candidate.kl, 1.5 * kl_budget, "KL to the anchor, nats per reply"),
         _is_finite(finite),
@@ -238,9 +247,7 @@ def decide_anchor(
         gain = candidate.judged - live.judged
         chance = -ONE_SIDED_95 * _standard_error(gain)
         checks.append(
-            _at_least(
-                "judge", _mean(gain), chance, "gain by the judge, against none less what chance explains"
-            )
+            _at_least(JUDGE, _mean(gain), chance, "gain by the judge, against none less what chance explains")
         )
     checks += _kept_up(candidate, live, anchor_right, 2.0 * max(live.length, shown_length))
     return Verdict([*checks, _is_finite(finite)])
@@ -300,6 +307,10 @@ def _lower_bound(values: Tensor) -> float:
 
 def _at_least(name: str, value: float, threshold: float, meaning: str) -> Check:
     return Check(name, value, threshold, math.isfinite(value) and value >= threshold, meaning)
+
+
+def _above(name: str, value: float, threshold: float, meaning: str) -> Check:
+    return Check(name, value, threshold, math.isfinite(value) and value > threshold, meaning)
 
 
 def _at_most(name: str, value: float, threshold: float, meaning: str) -> Check:

@@ -193,29 +193,36 @@ def _show_to_gate(
     """What passes with most of the trained weights; where nothing does, the trained weights themselves."""
     shown: list[Shown] = []
 
-    def passes(share: float) -> bool:
+    def show(share: float) -> gate.Verdict:
         roles.load_policy_state(mix(began, trained, share))
         candidate, live = examination.ask(), examination.live
         verdict = gate.decide(candidate, live, examination.anchor_right, kl_budget, roles.is_finite())
         shown.append(Shown(share, verdict, side_by_side(live, candidate)))
-        return verdict.passed
+        return verdict
 
-    share = largest_passing(passes)
+    share = largest_passing(show)
     return next((each for each in shown if each.share == share), shown[0])
 
 
-def largest_passing(passes: Callable[[float], bool]) -> float | None:
-    """The largest share that is found to pass: 1.0, else by bisection between it and 0.0. None where none does."""
-    if passes(1.0):
-        return 1.0
-    least, most = 0.0, 1.0
+def largest_passing(show: Callable[[float], gate.Verdict]) -> float | None:
+    """The largest share that is found to pass: 1.0, else by bisection between it and 0.0. None where none does.
+
+    A share that only gains too little is looked for above, not below.
+    """
+    verdict = show(1.0)
+    if verdict.passed or verdict.gains_too_little:
+        return 1.0 if verdict.passed else None
+    found, least, most = None, 0.0, 1.0
     for _ in range(NARROWINGS):
         middle = (least + most) / 2
-        if passes(middle):
+        verdict = show(middle)
+        if verdict.passed:
+            found = middle
+        if verdict.passed or verdict.gains_too_little:
             least = middle
         else:
             most = middle
-    return least or None
+    return found
 
 
 def _train(

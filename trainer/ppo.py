@@ -392,11 +392,12 @@ def train(
 
 
 def _resume(ppo: PPO, checkpoints: Path) -> list[Iteration]:
-    """The iterations that are done already."""
+    """The iterations that are done already. Begins anew where another release did them, whose features were others."""
     path = checkpoints / UNDER_WAY
     found = None
     if ppo.team.leads and path.exists():
         found = torch.load(path, weights_only=True, map_location=ppo.roles.device)
+        found = found if ppo.value.fits(found["value"]) else None
     state = ppo.team.tell(found)
     if state is None:
         return []

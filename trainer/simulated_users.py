@@ -17,7 +17,7 @@ from trainer.tastes import Taste
 FAILED_PAUSE_SECONDS = 1.0
 """What a user waits after a failure before asking again."""
 EVALUATION_SEED = 999
-"""Every policy, of every seed, is evaluated on the same questions."""
+"""Seed 0's questions, which every policy of that seed is evaluated on; others have their own."""
 
 
 @dataclass(slots=True)

@@ -64,6 +64,10 @@ class Value:
         """What fitting goes on from."""
         return {"weight": self.weight, "moment": self.moment, "target": self.target}
 
+    def fits(self, state: dict[str, Tensor]) -> bool:
+        """Whether a state is of such features: another release may have read others."""
+        return state["weight"].shape == self.weight.shape
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Puts a state back."""
         self.weight, self.moment, self.target = state["weight"], state["moment"], state["target"]

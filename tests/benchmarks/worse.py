@@ -126,9 +126,13 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
     training = ppo.PPO(roles, ensemble, liked, prompts, policy, seed)
     checkpoints = folder / "checkpoints"
     outcome = ppo.train(training, checkpoints, lambda _: None)
+    if not outcome.kept:
+        raise RuntimeError(
+            "Training on the contrary votes kept none of its iterations: there is nothing to examine."
+        )
     roles.load_policy_state(load_average(checkpoints, outcome.kept))
     verdict = gate.decide(
-        examination.ask(), examination.live, examination.anchor_right, policy.kl_budget, True
+        examination.ask(), examination.live, examination.anchor_right, policy.kl_budget, roles.is_finite()
     )
     probes = sample_probes(roles, sampler, prompts, seed)
     folders = [

@@ -82,8 +82,8 @@ def test_a_stream_that_is_closed_early_ends_the_generation(node: Peer, serve: Se
 @pytest.mark.parametrize(
     ("call", "kind", "fields"),
     [
-        ("create", "APIConnectionTimeoutError", {"timeout": 2000}),
-        ("abort", "APIUserAbortError", {"after_milliseconds": 2000}),
+        ("create", "APIConnectionTimeoutError", {"timeout": 5000}),
+        ("abort", "APIUserAbortError", {"after_milliseconds": 5000}),
     ],
 )
 def test_so_does_one_that_times_out_or_is_aborted(

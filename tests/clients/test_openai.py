@@ -240,7 +240,7 @@ async def test_so_does_an_async_call_that_is_cancelled(serve: Serve) -> None:
 def test_so_does_one_that_times_out(serve: Serve, streamed: bool) -> None:
     engine = LockstepEngine()
     with (
-        OpenAI(**options(serve(engine), timeout=2)) as client,
+        OpenAI(**options(serve(engine), timeout=5)) as client,
         pytest.raises(openai.APITimeoutError),
     ):
         list(client.chat.completions.create(**words("hi"), stream=streamed))

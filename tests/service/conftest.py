@@ -15,7 +15,7 @@ import psycopg
 import pytest
 import uvicorn
 from click.testing import Result
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
@@ -25,6 +25,8 @@ from service.app import ConnectBy, create_app
 from service.policies import BASE, ensure_base
 from service.settings import Settings, get_settings
 from tests.service.fake_engine import FakeEngine
+
+expect.set_options(timeout=30_000)  # two cores may be shared by an engine, a browser and two other workers
 
 Serve = Callable[..., httpx.Client]
 Rows = Callable[..., list[tuple[Any, ...]]]
@@ -105,12 +107,12 @@ def address_of(server: uvicorn.Server) -> str:
     return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
-    """Look fifty times a second. Raises AssertionError when the time is over."""
+def wait_until(true: Callable[[], bool], seconds: float = 60, every: float = 0.02) -> None:
+    """Look again and again. Raises AssertionError when the time is over."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it did not become true in time"
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def command_line(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:

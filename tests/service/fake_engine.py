@@ -1,6 +1,7 @@
 """An engine that does as it is told: for faults that a real vLLM cannot be made to have on demand."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -8,6 +9,12 @@ from dataclasses import dataclass, field
 from service.engine import Message, Models, Piece, Sampling
 from service.errors import DeadlineExceeded, EngineGone, EngineUnavailable, PolicyNotLoaded, PolicyRefused
 from service.policies import BASE
+
+
+def _set() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
 
 
 @dataclass
@@ -36,11 +43,15 @@ class FakeEngine:
     """What every token of a policy scores."""
     cannot_load: set[str] = field(default_factory=set)
     load_seconds: float = 0.0
+    may_load: threading.Event = field(default_factory=_set)
+    """Loading waits for it."""
     exchanges: bool = False
     """It holds one policy at a time, and can load none while it answers."""
     answering: int = 0
     asked: list[tuple[str, list[Message], Sampling, int]] = field(default_factory=list)
     aborted: int = 0
+    forgotten: int = 0
+    """How often it was to be asked anew what it holds."""
     dropped: asyncio.Event = field(default_factory=asyncio.Event)
 
     @asynccontextmanager
@@ -106,6 +117,9 @@ class FakeEngine:
             await asyncio.sleep(self.hang_seconds)
             raise EngineGone("The engine did not answer.")
 
+    def forget(self) -> None:
+        self.forgotten += 1
+
     def drop(self) -> None:
         self.dropped.set()
         self.dropped = asyncio.Event()
@@ -118,6 +132,8 @@ class FakeEngine:
         if self.exchanges:
             self.held.clear()
         await asyncio.sleep(self.load_seconds)
+        while not self.may_load.is_set():
+            await asyncio.sleep(0.01)
         self.held.add(policy)
 
     async def unload(self, policy: str) -> None:

@@ -52,7 +52,7 @@ def test_a_stream_has_openais_shape(serve: Serve) -> None:
 def test_a_replys_row_is_there_before_its_id_leaves_and_whole_before_its_last_chunk(
     serve: Serve, rows: Rows
 ) -> None:
-    client = serve(FakeEngine(pause_seconds=0.2))
+    client = serve(FakeEngine(pause_seconds=1.0))
     with client.stream("POST", CHAT, json=ask(stream=True)) as answer:
         events = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
         reply_id = next(events)["id"]
@@ -261,17 +261,17 @@ def test_a_client_that_goes_before_the_first_token_aborts_the_generation(
     client = serve(engine)
     with (
         pytest.raises(httpx.ReadTimeout),
-        client.stream("POST", CHAT, json=ask(stream=stream), timeout=0.5) as answer,
+        client.stream("POST", CHAT, json=ask(stream=stream), timeout=3) as answer,
     ):
         answer.read()
-    wait_until(lambda: engine.aborted == 1, 5)
-    wait_until(lambda: rows("SELECT content, finish_reason FROM replies") == [("", "abort")], 5)
+    wait_until(lambda: engine.aborted == 1)
+    wait_until(lambda: rows("SELECT content, finish_reason FROM replies") == [("", "abort")])
 
 
 def test_a_replica_that_died_is_passed_over(serve: Serve) -> None:
     first, second = FakeEngine(url="a"), FakeEngine(url="b")
     client = serve(first, second)
-    wait_until(lambda: client.get("/metrics").text.count("ratchet_replica_healthy{replica=") >= 2)
+    wait_until(lambda: all(row["healthy"] for row in client.get("/operator/replicas").json()))
     first.alive = False
     assert [client.post(CHAT, json=ask()).status_code for _ in range(4)] == [200] * 4
     second.alive = False

@@ -87,7 +87,7 @@ def test_rows_outlive_a_killed_server(settings: Settings) -> None:
     with running(settings) as server:
         write_a_row(settings)
         server.kill()
-        server.wait(10)
+        server.wait(60)
     with running(settings):
         assert ask(settings, "SELECT column1 FROM kept") == "a row"
 
@@ -96,7 +96,7 @@ def test_a_server_that_still_runs_is_ended_by_the_next_start(settings: Settings)
     with running(settings) as old:
         write_a_row(settings)
         with running(settings):
-            assert old.wait(10) == 0
+            assert old.wait(60) == 0
             assert ask(settings, "SELECT column1 FROM kept") == "a row"
 
 

@@ -147,7 +147,7 @@ def test_requests_go_to_the_replica_that_is_least_busy(
 ) -> None:
     client = serve_both(serve, *two)
     for engine in two:
-        engine.pause_seconds = 0.3
+        engine.pause_seconds = 2.0
     with asking(client, 8) as answers:
         pass
     assert [answer.status_code for answer in answers] == [200] * 8
@@ -162,7 +162,7 @@ def test_a_replica_that_restarted_is_asked_nothing_until_it_reproduces_its_polic
     client = serve_both(serve, *two)
     publish(rows, NEW, make_folder(tmp_path / NEW))
     wait_until(lambda: rows(POINTER) == [(NEW, BASE, None)])
-    wait_until(lambda: client.post(CHAT, json=ask()).headers["x-ratchet-policy"] == NEW)
+    wait_until(lambda: client.post(CHAT, json=ask()).headers.get("x-ratchet-policy") == NEW)
     first = two[0]
     first.alive = False
     assert client.post(CHAT, json=ask()).status_code == 200
@@ -199,7 +199,7 @@ def test_requests_that_wait_at_an_engine_that_hangs_are_answered_by_another(
     with asking(client, 6, stream=stream) as answers:
         pass
     assert all("from" in answer.text and "error" not in answer.text for answer in answers)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     wait_until(lambda: not healthy(client, "a"))
     num_asked = len(two[0].asked)
     assert client.post(CHAT, json=ask()).status_code == 200
@@ -214,14 +214,14 @@ def test_a_replica_that_hangs_delays_neither_the_others_nor_a_swap(
     for engine in two:
         engine.logprobs = {NEW: -2.0}
     client = serve_both(serve, *two)
-    two[0].hangs, two[0].hang_seconds = True, 3.0
-    time.sleep(1.0)  # it is being asked for a token, and is silent
+    two[0].hangs, two[0].hang_seconds = True, 6.0
+    time.sleep(3.0)  # it is being asked for a token, and is silent
     num_asked = len(two[0].asked)
     for _ in range(5):
         assert client.post(CHAT, json=ask()).status_code == 200
     assert len(two[0].asked) == num_asked
     publish(rows, NEW, make_folder(tmp_path / NEW))
-    wait_until(lambda: rows(POINTER) == [(NEW, BASE, None)], 20)
+    wait_until(lambda: rows(POINTER) == [(NEW, BASE, None)])
     assert client.post(CHAT, json=ask()).status_code == 200
 
 

@@ -34,8 +34,14 @@ def make_other_weights(folder: Path, donor: Path) -> Path:
 
 
 def test_whole_models_are_exchanged_under_load_and_each_gives_its_probe(
-    serve: Serve, rows: Rows, tmp_path: Path, tiny_model: Path, engine: str
+    serve: Serve,
+    rows: Rows,
+    tmp_path: Path,
+    tiny_model: Path,
+    engine: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("service.fleet.HOLD_SECONDS", 60.0)
     rows("UPDATE policies SET path = %s", str(tiny_model))
     client = serve(url=engine, delivery="merged")
     policies = {

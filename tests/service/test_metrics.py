@@ -110,15 +110,18 @@ def test_votes_count_once_when_given_again_when_revised_and_by_reason_when_refus
 @pytest.mark.database
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_the_service_adds_leaves_out_what_the_engine_takes(serve: Serve, stream: bool) -> None:
-    client = serve(FakeEngine(replies=("one two three",), pause_seconds=0.2))
+    engine = FakeEngine(replies=("one two three",))
+    client = serve(engine)
+    client.post(CHAT, json=ask(stream=stream)).raise_for_status()  # the first one connects to the database
+    engine.pause_seconds = 1.0
     rise = Rise(client)
     client.post(CHAT, json=ask(stream=stream)).raise_for_status()
     assert rise.of("ratchet_added_seconds_count") == 1
-    assert rise.of("ratchet_added_seconds_sum") < 0.15
-    assert rise.of("ratchet_reply_seconds_sum") > 0.6
+    assert rise.of("ratchet_added_seconds_sum") < 1.0
+    assert rise.of("ratchet_reply_seconds_sum") > 2.9
     assert rise.of("ratchet_first_token_seconds_count") == stream
     if stream:
-        assert 0.2 < rise.of("ratchet_first_token_seconds_sum") < 0.4
+        assert 0.9 < rise.of("ratchet_first_token_seconds_sum") < 2.0
 
 
 @pytest.mark.database
@@ -145,7 +148,7 @@ def test_the_newest_cycle_is_read_from_its_row(serve: Serve, rows: Rows) -> None
     rows(CYCLE.format(ended="now() - interval '30 minutes'"), "failed", "{}")
     samples = read(client)
     assert value(samples, "ratchet_cycle_stage", stage="failed") == 1
-    assert value(samples, "ratchet_cycle_seconds") == pytest.approx(1800, abs=1)
+    assert value(samples, "ratchet_cycle_seconds") == pytest.approx(1800, abs=60)
     assert math.isnan(value(samples, "ratchet_kl_nats"))
     measured = (
         '{"reward_model": {"accuracy": {"share": 0.75, "num_pairs": 40}},'
@@ -155,7 +158,7 @@ def test_the_newest_cycle_is_read_from_its_row(serve: Serve, rows: Rows) -> None
     samples = read(client)
     assert value(samples, "ratchet_cycle_stage", stage="failed") == 0
     assert value(samples, "ratchet_cycle_stage", stage="training") == 1
-    assert value(samples, "ratchet_cycle_seconds") == pytest.approx(3600, abs=5)
+    assert value(samples, "ratchet_cycle_seconds") == pytest.approx(3600, abs=60)
     assert value(samples, "ratchet_reward_model_accuracy") == 0.75
     assert value(samples, "ratchet_kl_nats") == 1.25
     assert value(samples, "ratchet_judge_score") == 0.4

@@ -47,8 +47,10 @@ def is_duel(answer: dict[str, Any]) -> bool:
 
 
 def vote_for(client: httpx.Client, policy: str, user: str = "ada") -> dict[str, Any]:
-    """Votes for what the policy said, as a user who cannot see its name would."""
+    """Votes for what the policy said, as a user who cannot see its name would; nothing where the duel has just been decided."""
     answer = compare(client, user)
+    if not is_duel(answer):
+        return {}
     liked = "something rather different" if policy == NEW else "the old answer"
     said = [choice["message"]["content"] for choice in answer["choices"]]
     choice = "first" if said[0] == liked else "second"
@@ -228,8 +230,8 @@ def test_an_operator_ends_a_trial_either_way_and_it_is_on_record(
     wait_until(lambda: rows(DUELS)[0] == ("trial", NEW, BASE, "stopped"))
     assert rows(DUELS)[1] == ("watch", NEW, BASE, None)  # forced live, it may still lose
     assert client.post("/operator/rollback").json()["live"] == BASE
-    publish(rows, "policy-000002", make_folder(tmp_path / "policy-000002"))
     engine.logprobs["policy-000002"] = -2.0
+    publish(rows, "policy-000002", make_folder(tmp_path / "policy-000002"))
     wait_until(lambda: rows(DUELS)[-1] == ("trial", "policy-000002", BASE, None))
     assert client.post("/operator/reject", json={"reason": "no"}).json()["challenger"] is None
     actions = [

@@ -25,8 +25,12 @@ BASE = "policy-000000"
 POINTER = "SELECT live, previous, challenger FROM deployment"
 TRIALS = "SELECT count(*) FROM duels WHERE challenger = %s"
 CHOICE = "SELECT choice FROM votes ORDER BY created_at DESC LIMIT 1"
-START_SECONDS = 240
-CYCLE_SECONDS = 60
+SECOND = """
+SELECT content FROM replies JOIN comparison_replies ON reply_id = replies.id JOIN comparisons ON comparisons.id = comparison_id
+WHERE position = 1 ORDER BY comparisons.created_at DESC LIMIT 1
+"""
+"""What the second answer of the newest comparison says."""
+START_SECONDS = CYCLE_SECONDS = 240
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,18 @@ def num_votes(run: Run) -> int:
     return int(run.ask("SELECT count(*) FROM votes")[0][0])
 
 
+def test_a_cycle_that_the_operator_starts_is_run_by_the_trainer_and_its_end_is_shown(
+    loop: Run, pages: Pages
+) -> None:
+    page = pages.open()
+    page.goto(f"{loop.url}/operator")
+    page.get_by_role("button", name="Start a cycle").click()
+    page.get_by_role("dialog").get_by_role("button", name="Start a cycle").click()
+    expect(page.locator("#done")).to_contain_text("is asked for.")
+    expect(page.locator("#cycles")).to_contain_text("16 are needed", timeout=1000 * CYCLE_SECONDS)
+    assert loop.ask(POINTER) == [(BASE, None, None)]
+
+
 @SIZES
 def test_a_vote_by_mouse_is_stored_and_the_chosen_answer_goes_on(
     loop: Run, pages: Pages, phone: bool
@@ -67,10 +83,11 @@ def test_a_vote_by_mouse_is_stored_and_the_chosen_answer_goes_on(
     page.get_by_role("button", name="Second").click()
     expect(page.locator(".verdict")).to_have_text(f"You chose the second. First: {BASE}, second: {BASE}.")
     assert (num_votes(loop), loop.ask(CHOICE)) == (before + 1, [("second",)])
+    [(chosen,)] = loop.ask(SECOND)
     say(page, "and a lime?", two=False)
     wait_for_end(page)
     [(messages,)] = loop.ask("SELECT messages FROM prompts ORDER BY created_at DESC LIMIT 1")
-    assert [message["role"] for message in messages[-3:]] == ["user", "assistant", "user"]
+    assert messages[-2] == {"role": "assistant", "content": chosen}
 
 
 @SIZES
@@ -102,18 +119,6 @@ def test_answers_are_ranked_by_keys(loop: Run, pages: Pages, phone: bool) -> Non
     assert sorted(ranks) == [1, 2, 3, 4]
 
 
-def test_a_cycle_that_the_operator_starts_is_run_by_the_trainer_and_its_end_is_shown(
-    loop: Run, pages: Pages
-) -> None:
-    page = pages.open()
-    page.goto(f"{loop.url}/operator")
-    page.get_by_role("button", name="Start a cycle").click()
-    page.get_by_role("dialog").get_by_role("button", name="Start a cycle").click()
-    expect(page.locator("#done")).to_contain_text("is asked for.")
-    expect(page.locator("#cycles")).to_contain_text("16 are needed", timeout=1000 * CYCLE_SECONDS)
-    assert loop.ask(POINTER) == [(BASE, None, None)]
-
-
 @SIZES
 def test_the_operator_promotes_and_rolls_back_and_users_are_answered_accordingly(
     loop: Run, pages: Pages, phone: bool, tmp_path: Path
@@ -124,7 +129,7 @@ def test_the_operator_promotes_and_rolls_back_and_users_are_answered_accordingly
     page.goto(f"{loop.url}/operator")
     chat.goto(loop.url)
     publish(loop.ask, name, folder)
-    wait_until(lambda: loop.ask(TRIALS, name) == [(1,)])  # its probe has been reproduced
+    wait_until(lambda: loop.ask(TRIALS, name) == [(1,)], every=0.25)  # its probe has been reproduced
     page.get_by_role("button", name="Promote the challenger").click()
     page.get_by_role("button", name=f"Promote {name}").click()
     expect(page.locator("#done")).to_have_text(f"{name} is live.", timeout=60_000)
@@ -145,7 +150,7 @@ def answered_by(page: Page, run: Run) -> str:
 
 
 def test_when_the_engines_core_dies_all_end_and_no_process_is_left(loop: Run) -> None:
-    assert chat(loop)["choices"][0]["message"]["content"]
+    assert chat(loop)["choices"][0]["finish_reason"] in ("stop", "length")  # it may well have nothing to say
     children = psutil.Process(loop.pid("engine")).children(recursive=True)
     core = next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
     core.kill()

@@ -126,7 +126,7 @@ def test_when_the_runner_is_killed_all_parts_end_at_once_or_at_the_next_start(st
     guardian = next(child for child in children if "service.guardian" in child.cmdline())
     guardian.kill()
     run.process.kill()
-    run.process.wait(10)
+    run.process.wait(60)
     assert all(process.is_running() for process in old)
 
     run = start()

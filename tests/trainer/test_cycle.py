@@ -153,7 +153,7 @@ def accept_challengers(sessions: sessionmaker[Session]) -> threading.Thread:
     """Stands in for the service: verifies the next challenger and flips the pointer."""
 
     def watch() -> None:
-        for _ in range(600):
+        for _ in range(6000):
             time.sleep(0.1)
             with sessions.begin() as session:
                 deployment = session.get_one(Deployment, 1)
@@ -173,7 +173,7 @@ def try_challengers(sessions: sessionmaker[Session]) -> threading.Thread:
 
     def watch() -> None:
         name = None
-        for _ in range(600):
+        for _ in range(6000):
             time.sleep(0.1)
             with sessions.begin() as session:
                 deployment = session.get_one(Deployment, 1)

@@ -2,7 +2,12 @@
 
 import pytest
 
+from trainer.gate import JUDGE, Check, Verdict
 from trainer.learning import NARROWINGS, largest_passing
+
+
+def verdict(*failed: str) -> Verdict:
+    return Verdict([Check(name, 0.0, 0.0, name not in failed, "") for name in (JUDGE, "guard", "kl")])
 
 
 @pytest.mark.parametrize(
@@ -12,9 +17,32 @@ from trainer.learning import NARROWINGS, largest_passing
 def test_the_largest_share_that_passes_is_found_to_a_sixteenth(limit: float, found: float | None) -> None:
     tried: list[float] = []
 
-    def passes(share: float) -> bool:
+    def show(share: float) -> Verdict:
         tried.append(share)
-        return share <= limit
+        return verdict() if share <= limit else verdict("guard")
 
-    assert largest_passing(passes) == found
+    assert largest_passing(show) == found
     assert len(tried) == (1 if limit == 1.0 else 1 + NARROWINGS)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "found"), [(0.6, 0.8, 3 / 4), (0.5, 0.55, 1 / 2), (0.3, 0.2, None)]
+)
+def test_a_share_that_gains_too_little_is_not_made_smaller(
+    least: float, most: float, found: float | None
+) -> None:
+    def show(share: float) -> Verdict:
+        return verdict(*[JUDGE] * (share < least), *["kl"] * (share > most))
+
+    assert largest_passing(show) == found
+
+
+def test_where_all_of_it_gains_too_little_nothing_else_is_tried() -> None:
+    tried: list[float] = []
+
+    def show(share: float) -> Verdict:
+        tried.append(share)
+        return verdict(JUDGE)
+
+    assert largest_passing(show) is None
+    assert tried == [1.0]
