@@ -5,6 +5,7 @@ const TICK_MS = 50, STILL_TICK_MS = 600;
 const REST = 4;      // after showing, that many times as long is left to all else: an answer of a million characters is slow to lay out
 const SHARE = 0.2;   // of what has come and is not shown yet, let out in TICK_MS
 const LEAST = 3;     // characters in TICK_MS
+const LONGEST_WORD = 40;   // characters; what is longer is no word, or of a script that breaks its lines anywhere
 
 export class Pace {
   // show(texts): called with all that may be seen of each text.
@@ -53,15 +54,19 @@ export class Pace {
     const shown = Math.max(this.shown, Math.min(limit, this.shown + step));
     if (shown > this.shown || !this.running.includes(true)) {
       this.shown = shown;
-      this.show(this.texts.map((text) => text.slice(0, boundary(text, shown))));
+      this.show(this.texts.map((text, i) => text.slice(0, this.running[i] || shown < text.length ? boundary(text, shown) : shown)));
     }
     if (!this.running.includes(true) && shown >= this.longest().length) this.resolve();
     else this.wait(performance.now() - began);
   }
 }
 
-// Not within a surrogate pair: half an emoji is no character.
+// Whole words only: one that grows at the end of a line would move to the next. Not within a surrogate pair: half an emoji is no character.
 function boundary(text, end) {
+  if (/\s/.test(text.charAt(end))) return end;
+  const begin = Math.max(0, end - LONGEST_WORD);
+  const space = text.slice(begin, end).search(/\s\S*$/);
+  if (space >= 0) return begin + space + 1;
   const last = text.charCodeAt(end - 1);
   return last >= 0xd800 && last <= 0xdbff ? end + 1 : end;
 }

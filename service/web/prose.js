@@ -19,7 +19,8 @@ export class Prose {
     this.rendered = "";
     this.asked = 0;
     this.asking = null;
-    this.tail = null;
+    this.last = null;      // the last block, as rendered
+    this.growing = [];     // what stands there of it, and what has come since
   }
 
   // Shows a text that begins with the one before.
@@ -29,7 +30,7 @@ export class Prose {
     if (!isMarked(text)) {
       showPlain(this.element, text);
       this.rendered = text.trimEnd();
-      this.tail = null;
+      this.growing = [];
       return;
     }
     this.showTail();
@@ -50,32 +51,45 @@ export class Prose {
     this.asked = performance.now();
     this.asking = render(text).then((html) => {
       this.asking = null;
-      for (const part of this.tail ?? []) part.remove();
-      this.tail = null;
       if (html === null) {
         showPlain(this.element, text);
       } else {
         const parsed = new DOMParser().parseFromString(html, "text/html");
         for (const link of parsed.querySelectorAll("a")) link.target = "_blank";
-        this.element.replaceChildren(...parsed.body.childNodes);
+        replaceWhatChanged(this.element, [...parsed.body.childNodes]);
       }
+      this.growing = [];
       this.rendered = text.trimEnd();   // Markdown drops the space after it
       this.showTail();
     });
     return this.asking;
   }
 
-  // What came after the last rendering: the rest of its last block, and paragraphs.
+  // What came after the last rendering: the rest of its last block, and paragraphs. The block is a new one each time: where a line
+  // grows, Chromium takes text before it to have moved, and counts a layout shift that nobody sees.
   showTail() {
-    const rest = this.text.slice(this.rendered.length);
-    if (!rest) return;
-    if (!this.tail) this.tail = [make("span", { class: "tail" })];
-    rest.split(/\n{2,}/).forEach((text, i) => {
-      this.tail[i] ??= make("p", { class: "lines" });
-      if (this.tail[i].textContent !== text) this.tail[i].textContent = text;
-      if (!this.tail[i].parentNode && text) (i ? this.element : lastBlock(this.element)).append(this.tail[i]);
-    });
+    const [rest, ...more] = this.text.slice(this.rendered.length).split(/\n{2,}/);
+    if (!rest && !more.length) return;
+    if (!this.growing.length) {
+      const last = this.element.lastElementChild;
+      this.last = last?.cloneNode(true) ?? make("p");
+      this.growing = last ? [last] : [];
+    }
+    const block = this.last.cloneNode(true);
+    lastBlock(block).append(make("span", { class: "tail" }, rest));
+    for (const part of this.growing) part.remove();
+    this.growing = [block, ...more.filter(Boolean).map((text) => make("p", { class: "lines" }, text))];
+    this.element.append(...this.growing);
   }
+}
+
+// Blocks that are as before stay, and so does what is selected in them.
+function replaceWhatChanged(element, nodes) {
+  const before = [...element.childNodes];
+  const same = nodes.findIndex((node, i) => !before[i]?.isEqualNode(node));
+  const kept = same < 0 ? nodes.length : same;
+  for (const node of before.slice(kept)) node.remove();
+  element.append(...nodes.slice(kept));
 }
 
 function isMarked(text) { return text.length <= MOST_CHARACTERS && MARKED.test(text); }
@@ -97,9 +111,7 @@ function showPlain(element, text) {
 
 function lastBlock(element) {
   let last = element;
-  while (last.lastElementChild && /^(P|PRE|CODE|UL|OL|LI|BLOCKQUOTE|H\d)$/.test(last.lastElementChild.tagName)) {
-    last = last.lastElementChild;
-  }
+  while (last.lastElementChild?.matches("p, pre, pre > code, ul, ol, li, blockquote, h1, h2, h3, h4, h5, h6")) last = last.lastElementChild;
   return last;
 }
 

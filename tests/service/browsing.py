@@ -29,6 +29,12 @@ new MutationObserver(() => window.samples.push([...document.querySelectorAll(".b
   .observe(document.getElementById("turns"), { childList: true, characterData: true, subtree: true });
 """
 """Keeps each state of the answers that is shown."""
+SAMPLE_CODE = """
+window.codes = new Set();
+new MutationObserver(() => document.querySelectorAll(".body code").forEach((code) => window.codes.add(code.textContent)))
+  .observe(document.getElementById("turns"), { childList: true, characterData: true, subtree: true });
+"""
+"""Keeps all that is ever shown as code."""
 
 
 def shoot(page: Page, name: str) -> None:

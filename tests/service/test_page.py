@@ -9,6 +9,7 @@ from tests.service.browsing import (
     LISTEN,
     MEASURE,
     SAMPLE,
+    SAMPLE_CODE,
     check_accessible,
     say,
     shoot,
@@ -211,6 +212,8 @@ def test_two_answers_come_at_the_pace_of_the_slower(serve: Serve, page: Page) ->
     lengths = [tuple(map(len, texts)) for texts in page.evaluate("window.samples") if len(texts) == 2]
     assert len(set(lengths)) > 5
     assert all(one == other for one, other in lengths)
+    states = [text for texts in page.evaluate("window.samples") for text in texts]
+    assert {text.rstrip()[-6:] for text in states if " " in text} <= set(words)  # words are shown whole
 
 
 def test_a_screen_reader_is_told_once_per_answer_and_the_focus_stays(serve: Serve, page: Page) -> None:
@@ -419,13 +422,14 @@ def test_the_first_load_is_small_quick_and_from_this_host_alone(
 @pytest.mark.parametrize("two", [False, True], ids=["one", "two"])
 def test_nothing_shifts_while_answers_stream(serve: Serve, pages: Pages, phone: bool, two: bool) -> None:
     page = pages.open(phone=phone)
-    long = "\n\n".join(
-        f"Paragraph {number} says *something* of some length, and then it says more." for number in range(25)
-    )
+    says = "it says *something* of some length, of **a lemon** or of `lemons`, and then more; " * 3
+    long = "\n\n".join(f"{'- ' * (number % 4 > 1)}Paragraph {number}: {says}" for number in range(10))
     engine = FakeEngine(replies=(long, long.replace("says", "tells")), pause_seconds=0.01)
     page.add_init_script(MEASURE)
     page.goto(str(serve(engine).base_url))
+    page.evaluate(SAMPLE_CODE)
     say(page, "hello", two=two)
     wait_for_end(page)
     shifts = page.evaluate("window.shifts")
     assert sum(value for value, _ in shifts) < 0.01, shifts
+    assert page.evaluate("[...window.codes]") == ["lemons"]  # nothing that follows is shown as code meanwhile
