@@ -1,5 +1,6 @@
 """What people say of replies and what is kept of them, as it goes over the wire. Validation only."""
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,8 @@ from service.schemas import NUMBER, AtLeastOne, Flag, Messages, Name, Text
 MOST_REPLIES = 9
 MOST_MARKDOWN = 100_000
 """Reading Markdown takes a core a few seconds per million characters."""
+SAYS_SOMETHING = r"^[^\u0000]*[^\s\u0000\u001c-\u001f\u0085][^\u0000]*$"
+"""Text that is not white space alone, by Python's notion of it, in a regular expression that JavaScript reads alike."""
 Choice = Literal["first", "second", "tie", "neither"]
 Comment = Annotated[Text, Field(max_length=4000)]
 Tags = Annotated[list[Annotated[Text, Field(min_length=1, max_length=64)]], Field(max_length=16)]
@@ -164,7 +167,9 @@ class DemonstrationRequest(BaseModel):
     corrects: Name | None = Field(
         None, description="The id of a reply shown to this user, which it replaces."
     )
-    content: Annotated[Text, Field(min_length=1, max_length=100_000)] = Field(description="The reply.")
+    content: Annotated[Text, Field(min_length=1, max_length=100_000)] = Field(
+        description="The reply; more than white space.", json_schema_extra={"pattern": SAYS_SOMETHING}
+    )
     comment: Comment | None = Field(None, description="Why, in the labeler's words.")
     tags: Tags = Field(default_factory=list, description="Labels of the client's own.")
     user: Name | None = Field(
@@ -174,7 +179,7 @@ class DemonstrationRequest(BaseModel):
     @field_validator("content")
     @classmethod
     def _says_something(cls, content: str) -> str:
-        if not content.strip():
+        if not re.search(SAYS_SOMETHING, content):
             raise ValueError("must say something")
         return content
 
