@@ -72,7 +72,8 @@ def engine_command(settings: Settings, model: Path, host: str = "127.0.0.1") -> 
     if not has_gpu_build():
         flags += ["--enforce-eager", "--distributed-executor-backend", ONE_PROCESS]
     words = [word for option in options.items() for word in option]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *flags]
+    module = "vllm.entrypoints.openai.api_server" if has_gpu_build() else "service.cpu_engine"
+    return [sys.executable, "-m", module, *words, *flags]
 
 
 def engine_environment(settings: Settings, model: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from service.engine_process import engine_command, engine_environment
 from service.settings import Settings
 
 START_SECONDS = 400
+MOST_ADAPTERS = 3
 
 
 def free_port() -> int:
@@ -30,7 +31,9 @@ def running_engine(
 ) -> Iterator[str]:
     """The address of a vLLM that answers; ended with its children. Raises RuntimeError with its log."""
     port = free_port()
-    settings = Settings(engine_port=port, max_model_tokens=512, engine_max_adapters=3, delivery=delivery)
+    settings = Settings(
+        engine_port=port, max_model_tokens=512, engine_max_adapters=MOST_ADAPTERS, delivery=delivery
+    )
     command = engine_command(settings, model)
     with log.open("wb") as output:
         engine = subprocess.Popen(

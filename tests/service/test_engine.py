@@ -6,11 +6,15 @@ import threading
 from itertools import pairwise
 from pathlib import Path
 
+import aiohttp
 import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
+from service.engine import Message, Sampling, VllmEngine
+from service.policies import BASE
+from tests.engine import MOST_ADAPTERS
 from tests.service.conftest import Rows, Serve, publish, wait_until
 from tests.tiny_model import make_policy
 
@@ -220,3 +224,35 @@ def test_weights_that_are_not_what_the_manifest_says_never_go_live(
     wait_until(lambda: rows(POINTER) == [("policy-000000", None, None)])
     [(reason,)] = rows("SELECT reason FROM policies WHERE name = 'policy-000002'")
     assert "log-probabilities differ" in reason
+
+
+async def test_the_base_answers_as_itself_beside_as_many_adapters_as_there_is_room_for(
+    vllm: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """vLLM's CPU build takes what has no adapter for the last one (`service/cpu_engine.py`)."""
+    prefix, token = [1, 2, 3, 4], 5
+    names = [f"policy-90000{number}" for number in range(MOST_ADAPTERS)]
+    async with aiohttp.ClientSession() as session:
+        engine = VllmEngine(vllm, session)
+        alone = await engine.logprob(BASE, prefix, token)
+        for number, name in enumerate(names):
+            await engine.load(name, str(make_policy(tmp_path / name, tiny_model, seed=900 + number)))
+            assert abs(await engine.logprob(name, prefix, token) - alone) > 0.01
+
+        async def talk(name: str) -> None:
+            deadline = asyncio.get_running_loop().time() + 120
+            settings = Sampling(400, 1.0, 1.0, 0.0, (), None, 0.0, 0.0)
+            async with engine.generate(
+                name, [Message("user", "hi")], settings, 2, stream=True, deadline=deadline
+            ) as pieces:
+                async for _ in pieces:
+                    pass
+
+        talking = [asyncio.create_task(talk(name)) for name in names for _ in range(2)]
+        await asyncio.sleep(0.5)
+        beside = [await engine.logprob(BASE, prefix, token) for _ in range(10)]
+        assert not all(task.done() for task in talking)
+        await asyncio.gather(*talking)
+        for name in names:
+            await engine.unload(name)
+    assert max(abs(value - alone) for value in beside) < 0.001

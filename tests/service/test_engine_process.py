@@ -54,6 +54,7 @@ def test_the_gpu_build_compiles_and_the_cpu_build_does_not(
     command = engine_process.engine_command(Settings(), Path("m"))
     assert ("--enforce-eager" not in command) == has_gpu
     assert ("--distributed-executor-backend" not in command) == has_gpu
+    assert ("vllm.entrypoints.openai.api_server" in command) == has_gpu  # else by way of `cpu_engine`
     assert (
         "TORCH_COMPILE_DISABLE" not in engine_process.engine_environment(Settings(), Path("m"))
     ) == has_gpu
