@@ -293,7 +293,7 @@ def test_where_keys_are_needed_it_asks_for_one_and_again_when_it_has_expired(
     field.fill(make("user"))
     button.click()
     expect(page.locator("#key-form")).to_contain_text("needs a key of role operator; yours is user")
-    until = datetime.now(UTC) + timedelta(seconds=15)
+    until = datetime.now(UTC) + timedelta(seconds=10)
     field.fill(make("operator", expires_at=until.isoformat()))
     button.click()
     expect(page.locator("#policies .card").first).to_contain_text(TWO)
