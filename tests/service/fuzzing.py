@@ -1,8 +1,8 @@
 """Fuzzes a running service from its own OpenAPI document with schemathesis, and counts. Used by `test_fuzz.py`.
 
 All of schemathesis' checks hold: no 5xx; status codes, content types, headers and bodies as documented; what the document allows is
-taken, what it forbids is refused; what was deleted is gone; no key, no answer. Two let go: of requests that break a rule between fields,
-and of histories.
+taken, what it forbids is refused; what was deleted is gone; no key, no answer. Two let go: of requests that break a rule between
+fields, and of histories.
 """
 
 import time
