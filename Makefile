@@ -62,9 +62,11 @@ bench-duel: ## simulated duels: how often they err with a look after every vote,
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.duel $(if $(DUELS),--duels $(DUELS))
 
-bench-learning: ## what is learnt from 450 noisy votes, by ours and by best-of-16; TASTES="warm brief thorough" SEEDS="0 1 2 3 4"
+bench-learning: ## what is learnt from 450 noisy votes by ours, TRL's PPO and DPO, best-of-16, in hours; TASTES="warm brief thorough" SEEDS="0 1 2 3 4" METHODS="ours best-of-16" VOTES=225 FLIP=0.25 CYCLES=5
 	@sh deploy/setup.sh test
-	@exec $(PYTHON) -m tests.benchmarks.learning $(if $(TASTES),--tastes $(TASTES)) $(if $(SEEDS),--seeds $(SEEDS))
+	@sh deploy/setup.sh trl
+	@exec $(PYTHON) -m tests.benchmarks.learning $(if $(TASTES),--tastes $(TASTES)) $(if $(SEEDS),--seeds $(SEEDS)) \
+		$(if $(METHODS),--methods $(METHODS)) $(if $(VOTES),--votes $(VOTES)) $(if $(FLIP),--flip $(FLIP)) $(if $(CYCLES),--cycles $(CYCLES))
 
 bench-swap: ## 20 swaps under 32 streams: failed and mixed replies, gaps, delays; beside reloading in place and restarting; TURNS=10
 	@sh deploy/setup.sh test
@@ -92,6 +94,7 @@ lock: ## renew the pinned versions in requirements/ and of tests/clients/node (n
 	$(LOCK_CPU) --extra test --output-file requirements/test.txt --constraints requirements/cpu.txt
 	$(LOCK) pyproject.toml --extra gpu --output-file requirements/gpu.txt
 	$(LOCK) requirements/service.in --output-file requirements/service.txt --constraints requirements/cpu.txt
+	$(LOCK) requirements/uv.in --output-file requirements/uv.txt
 	$(LOCK) requirements/peers.in --output-file requirements/peers.txt
 	$(LOCK) requirements/trl.in requirements/needs.in --overrides requirements/overrides.txt --output-file requirements/trl.txt
 	cd tests/clients/node && npm update --package-lock-only

@@ -3,7 +3,8 @@
 # `test` makes `peers` beside it: the clients and gateways that tests try, in an environment of their own. `trl` is the PPO that ours
 # is measured beside.
 #
-# What is installed is exactly what the lock file in requirements/ names, by hash. torch on the CPU is a step of its
+# What is installed is exactly what the lock file in requirements/ names, by hash: by uv, which takes a tenth of pip's time, or by pip
+# where uv finds no index (it reads none of pip's settings). torch on the CPU is a step of its
 # own: its CPU builds lie on an index of their own, and where that cannot be reached any index or folder that
 # pip is told of will do. A stamp named after the lock lets the next start skip all this.
 set -eu
@@ -24,7 +25,10 @@ log=$venv/setup.log
 key=$(cat $inputs | { cat; pwd; } | sha256sum | cut -c1-16)
 stamp=$venv/.installed-$kind-$key
 children=
-quiet=${quiet:-}
+updated=
+exec 3>&2
+shown= # whether anybody sees what is going on
+[ ! -t 1 ] || [ -n "${quiet:-}" ] || shown=1
 
 # What runs in the background hears no Ctrl-C of its own.
 trap 'kill $children 2>/dev/null; exit 130' INT TERM
@@ -46,68 +50,61 @@ find_python() {
     fail "Ratchet needs Python 3.11 to 3.14 as python3; this machine has $(python3 --version 2>&1 || echo none)."
 }
 
-# step TITLE COMMAND...: one line with its time, and while pip works on a terminal, a bar of packages.
+# step TITLE COMMAND...: one line with its time; on a terminal its seconds meanwhile.
 step() {
+    attempt "$@" || fail "$1: failed. All of it is in $log."
+}
+
+# The same for what there is another way for, if it fails.
+attempt() {
     title=$1
     shift
     began=$(date +%s)
     echo "== $title" >>"$log"
-    "$@" >>"$log" 2>&1 &
+    start "$@" >>"$log" 2>&1 &
     child=$!
     children="$children $child"
-    while [ -t 1 ] && [ -z "$quiet" ] && kill -0 "$child" 2>/dev/null; do
-        show_progress
+    while [ -n "$shown" ] && [ "$1" != "$uv" ] && kill -0 "$child" 2>/dev/null; do
+        printf '\r  %-36s %4d s' "$title" $(($(date +%s) - began))
         sleep 1
     done
-    if ! wait "$child"; then
-        printf '\r\033[K' >&2
+    wait "$child" && status=0 || status=$?
+    [ -z "$shown" ] || printf '\r\033[K'
+    if [ $status = 0 ]; then
+        printf '  %-36s %4d s\n' "$title" $(($(date +%s) - began))
+    else
         tail -n 15 "$log" >&2
-        fail "$title: failed. All of it is in $log."
     fi
-    [ -t 1 ] && [ -z "$quiet" ] && printf '\r\033[K'
-    printf '  %-36s %4d s\n' "$title" $(($(date +%s) - began))
+    return $status
 }
 
-show_progress() {
-    total=$(grep -c '==' "$lock")
-    seen=$(sed -n "/^== $title/,\$p" "$log" | grep -c '^Collecting ' || true)
-    filled=$((seen * 30 / total))
-    printf '\r  %-36s %4d s  [%-30s] %d/%d ' "$title" $(($(date +%s) - began)) \
-        "$(printf '%*s' "$filled" '' | tr ' ' '#')" "$seen" "$total"
+# uv has bars of its own, for the terminal. A program takes this shell's place, so that it is ended by its id.
+start() {
+    [ -z "$shown" ] || [ "$1" != "$uv" ] || exec 2>&3
+    case $1 in
+    */*) exec "$@" ;;
+    *) "$@" ;;
+    esac
 }
 
-# A browser for the tests: the machine's own, else Playwright's, else the distribution's where we may install it.
-find_browser() {
-    for name in chromium chromium-browser google-chrome google-chrome-stable; do
-        command -v "$name" >/dev/null && return
-    done
-    echo "  no Chromium on this machine: fetching one"
-    "$venv/bin/playwright" install chromium >>"$log" 2>&1 && return
-    install_package chromium ||
-        fail "The tests need Chromium, and it cannot be fetched here: install chromium, then make test. See $log."
-}
-
-find_curl() {
-    command -v curl >/dev/null || install_package curl ||
-        fail "The tests need curl, and it cannot be fetched here: install curl, then make test. See $log."
+# What the tests need beside Python: the machine's own, else the distribution's where we may install it. It hardly takes a core, so it goes
+# on while pip does.
+find_tools() {
+    command -v curl >/dev/null || install_package curl || missing curl curl
+    find_compose || install_package docker-compose --no-install-recommends || missing "Docker Compose" docker-compose
+    # promtool checks the alerts. Installing the package would start a server.
+    command -v promtool >/dev/null || [ -x "$venv/bin/promtool" ] || unpack_promtool || missing promtool prometheus
+    has_browser || install_package chromium || true
 }
 
 # Docker Compose reads docker-compose.yml for the tests; it needs no daemon for that.
 find_compose() {
-    docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null ||
-        install_package docker-compose --no-install-recommends ||
-        fail "The tests need Docker Compose, and it cannot be fetched here: install it (docker-compose), then make test. See $log."
-}
-
-# promtool checks the alerts: the machine's own, else taken out of the distribution's package. Installing that would start a server.
-find_promtool() {
-    command -v promtool >/dev/null || [ -x "$venv/bin/promtool" ] || unpack_promtool >>"$log" 2>&1 ||
-        fail "The tests need promtool, and it cannot be fetched here: install prometheus, then make test. See $log."
+    docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null
 }
 
 unpack_promtool() {
     folder=$(mktemp -d)
-    [ "$(id -u)" != 0 ] || apt-get update
+    [ "$(id -u)" != 0 ] || update_packages
     (cd "$folder" && apt-get download prometheus && dpkg-deb -x prometheus_*.deb .) &&
         mv "$folder/usr/bin/promtool" "$venv/bin/promtool"
     status=$?
@@ -115,10 +112,32 @@ unpack_promtool() {
     return $status
 }
 
+has_browser() {
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        command -v "$name" >/dev/null && return
+    done
+    return 1
+}
+
+# Playwright's own, where the distribution's cannot be had.
+find_browser() {
+    has_browser || "$venv/bin/playwright" install chromium || missing Chromium chromium
+}
+
+missing() {
+    echo "The tests need $1, and it cannot be fetched here: install it ($2), then make test."
+    exit 1
+}
+
 # install_package NAME [OPTION]: from the distribution, where we may.
 install_package() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null &&
-        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "$@"; } >>"$log" 2>&1
+        update_packages && DEBIAN_FRONTEND=noninteractive apt-get install -y "$@"
+}
+
+# Once is enough.
+update_packages() {
+    [ -n "$updated" ] || apt-get update && updated=1
 }
 
 make_venv() {
@@ -139,6 +158,12 @@ compile() {
     "$venv/bin/python" -m compileall -q -j 0 -x 'site-packages/.*/tests?/|/transformers/models/(?!auto|llama)' "$venv"/lib/python3*/site-packages || true
 }
 
+install_packages() {
+    step "uv" $install -r requirements/uv.txt
+    attempt "packages of $lock" "$uv" pip install --python "$venv/bin/python" --no-deps -r "$lock" ||
+        step "packages of $lock, by pip" $install -r "$lock"
+}
+
 install_torch() {
     step "torch $torch, CPU build" $install --retries 1 \
         --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
@@ -146,40 +171,50 @@ install_torch() {
 
 install_ratchet() {
     [ "$kind" = gpu ] || install_torch
-    step "packages of $lock" $install -r "$lock"
+    install_packages
     step "compiling them" compile
     step "ratchet" $install --no-build-isolation --editable .
 }
 
 install_peers() {
-    step "packages of $lock" $install -r "$lock"
+    install_packages
     step "compiling them" compile
     step "openai for Node" "$venv/bin/npm" --prefix "$node" ci
+}
+
+install_for_tests() {
+    (log=$venv/tools.log shown= && : >"$log" && step "what else the tests need" find_tools) &
+    tools=$!
+    children="$children $tools"
+    install_ratchet
+    wait $tools || exit 1
+    step "a browser" find_browser
 }
 
 # Without Ratchet itself: whatever runs here is given the clone's root as its path.
 install_trl() {
     install_torch
-    step "packages of $lock" $install -r "$lock"
+    install_packages
     step "compiling them" compile
 }
 
-# Both take one core each, to unpack. Asked for again at the end, for nothing where it went well, else for its error.
+# Much of both is waiting, for the network and the disk. Asked for again at the end, for nothing where it went well, else for its error.
 install_peers_meanwhile() {
     quiet=1 sh deploy/setup.sh peers 2>/dev/null &
     children=$!
 }
 
 [ "$kind" != test ] || install_peers_meanwhile
+uv=$venv/bin/uv
 pip="$venv/bin/pip --disable-pip-version-check --no-input"
-# Compiled afterwards by all cores: pip uses one, and is a third of its time at it.
+# Compiled afterwards, by all cores.
 install="$pip install --no-deps --no-compile --progress-bar off"
 if [ ! -e "$stamp" ]; then
     make_venv
     case $kind in
     peers) install_peers ;;
     trl) install_trl ;;
-    test) install_ratchet && find_browser && find_curl && find_promtool && find_compose ;;
+    test) install_for_tests ;;
     *) install_ratchet ;;
     esac
     touch "$stamp"
