@@ -65,18 +65,23 @@ def measure(roles: Roles, head: Head, pairs: Sequence[Pair]) -> Quality:
     label = torch.tensor([pair.label for pair in decided], device=probability.device, dtype=torch.float64)
     right = ((probability > 0.5) == (label > 0.5)).tolist()
     of_chosen = torch.where(label > 0.5, probability, 1 - probability).clamp(min=1e-12)
-    bins = _reliability(torch.maximum(probability, 1 - probability).tolist(), right)
+    confidence = torch.maximum(probability, 1 - probability).tolist()
     features = torch.cat([first, second])
     return Quality(
         accuracy=_accuracy(right),
         log_loss=-of_chosen.log().mean().item() if decided else math.nan,
-        calibration_error=sum(abs(b.confidence - b.accuracy) * b.num_pairs for b in bins)
-        / max(1, len(decided)),
-        reliability=bins,
+        calibration_error=calibration_error(confidence, right),
+        reliability=_reliability(confidence, right),
         by_policy=_by(((policy for policy in pair.source.policies if policy) for pair in decided), right),
         by_cohort=_by(((pair.source.cohort,) for pair in decided), right),
         length_correlation=_correlation(head(features).mean(1), features[:, -1]),
     )
+
+
+def calibration_error(confidence: Sequence[float], right: Sequence[bool]) -> float:
+    """Mean distance between confidence and accuracy, by bins of equal width (ECE); 0.0 of none."""
+    bins = _reliability(confidence, right)
+    return sum(abs(b.confidence - b.accuracy) * b.num_pairs for b in bins) / max(1, len(right))
 
 
 def _reliability(confidence: Sequence[float], right: Sequence[bool]) -> list[Bin]:

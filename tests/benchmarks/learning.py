@@ -1,72 +1,43 @@
 """`make bench-learning`: what is learnt from some hundred noisy votes, by ours and by others. READ FIRST.
 
-Each run: a taste and a seed; its users vote on the starter's replies; each method learns from the same votes with as many
-samples; then all answer the same 400 questions, which the taste scores. What a method may not see: the taste, the questions.
-Writes Markdown to standard output and every run to `results/learning.json`.
+Each setting: a taste and a seed; its users vote on the starter's replies; each method learns from the same votes with as many
+samples; then all answer the same questions, which the taste scores. What a method may not see: the taste, the questions.
+With `--cycles`, ours alone goes on from its own policies. Writes Markdown to standard output, and all runs to `results/`.
 """
 
 import argparse
-import math
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from tests.benchmarks.learning_methods import METHODS, Lesson
-from tests.benchmarks.learning_users import Judged, draw_votes, judge
+from tests.benchmarks.learning_cycles import Step, go_on
+from tests.benchmarks.learning_methods import METHODS, RANK, Lesson, RewardQuality, our_reward, trl_reward
+from tests.benchmarks.learning_report import (
+    RewardRun,
+    Run,
+    method_summary,
+    reward_summary,
+    show_run,
+    show_run_head,
+    show_steps,
+)
+from tests.benchmarks.learning_users import NUM_QUESTIONS, draw_votes, judge
 from tests.benchmarks.tables import write_results
-from trainer.demo_scores import as_markdown
 from trainer.models import Roles
 from trainer.tastes import TASTES, find_taste
 
 ROOT = Path(__file__).parents[2]
-COLUMNS = (
-    "taste",
-    "seed",
-    "method",
-    "win rate",
-    "correct: starter -> learnt",
-    "KL",
-    "repeated",
-    "seconds",
-    "",
-)
-SUMMARY = (
-    "method",
-    "runs",
-    "win rate [least]",
-    "correct, gain in points [least]",
-    "KL",
-    "repeated",
-    "seconds",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One method's result in one setting. Win rate against the starter; `correct` are shares."""
-
-    taste: str
-    seed: int
-    method: str
-    win_rate: float
-    correct_before: float
-    correct: float
-    kl: float
-    spoilt: float
-    seconds: float
-    remark: str
-
-    @property
-    def gain(self) -> float:
-        """Of correct answers, in points."""
-        return 100 * (self.correct - self.correct_before)
+NUM_FRESH = 2000
+"""Votes that reward models are compared on."""
+APART = 1000
+"""Between the seeds of votes to learn from and of fresh ones."""
 
 
 def main() -> None:
@@ -74,85 +45,66 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     starter = make_starter(options.state)
-    runs: list[Run] = []
-    print(f"{options.votes} votes, {options.flip:.0%} of them turned round\n")
-    print(as_markdown(COLUMNS, []), end="", flush=True)
-    for run in _all(options, starter):
-        runs.append(run)
-        print(as_markdown(COLUMNS, [_row(run)]).splitlines()[-1], flush=True)
-    print("\n" + as_markdown(SUMMARY, [_summary(runs, method) for method in options.methods]))
+    turned = f", {options.flip:.0%} of them turned round" if options.flip else ""
+    print(f"{options.votes} votes{turned}; {NUM_QUESTIONS} questions to each policy\n")
+    figures = _cycles(options, starter) if options.cycles else _compare(options, starter)
+    asked = {"votes": options.votes, "flip": options.flip}
     write_results(
-        "learning",
-        {"votes": options.votes, "flip": options.flip, "runs": [asdict(run) for run in runs]},
+        options.name, asked | {name: [asdict(each) for each in told] for name, told in figures.items()}
     )
 
 
-def _all(options: argparse.Namespace, starter: Path) -> Iterator[Run]:
-    for taste_name in options.tastes:
-        taste = find_taste(taste_name)
-        for seed in options.seeds:
-            roles = Roles.load(starter, rank=16)
-            votes = draw_votes(roles, taste, options.votes, seed, options.flip)
-            before = judge(roles, taste, seed)
+def _compare(options: argparse.Namespace, starter: Path) -> dict[str, Sequence[Run | RewardRun]]:
+    """Every method in every setting."""
+    runs: list[Run] = []
+    rewards: list[RewardRun] = []
+    show_run_head()
+    for taste, seed in _settings(options):
+        with _lesson(starter, taste, seed, options) as lesson:
+            before = judge(Roles.load(starter, RANK), lesson.taste, seed, draw=0)
+            for method, quality in _reward_models(lesson, options.methods):
+                rewards.append(RewardRun(taste, seed, method, quality))
             for method in options.methods:
-                with tempfile.TemporaryDirectory() as folder:
-                    lesson = Lesson(starter, votes, taste, seed, Path(folder))
-                    began = time.monotonic()
-                    after, remark = METHODS[method](lesson)
-                    seconds = time.monotonic() - began
-                yield _run(taste_name, seed, method, before, after, seconds, remark)
+                began = time.monotonic()
+                after, remark = METHODS[method](lesson)
+                seconds = time.monotonic() - began
+                runs.append(Run.of(taste, seed, method, before, after, seconds, remark))
+                show_run(runs[-1])
+    print(f"\n{method_summary(runs)}\n{reward_summary(rewards)}")
+    return {"runs": runs, "rewards": rewards}
 
 
-def _run(
-    taste: str, seed: int, method: str, before: Judged, after: Judged, seconds: float, remark: str
-) -> Run:
-    return Run(
-        taste=taste,
-        seed=seed,
-        method=method,
-        win_rate=after.beats(before),
-        correct_before=before.correct,
-        correct=after.correct,
-        kl=after.kl,
-        spoilt=after.spoilt,
-        seconds=seconds,
-        remark=remark,
-    )
+def _cycles(options: argparse.Namespace, starter: Path) -> dict[str, Sequence[Step]]:
+    """Ours, several cycles in a row, in every setting."""
+    found: list[Step] = []
+    for taste, seed in _settings(options):
+        with _lesson(starter, taste, seed, options) as lesson:
+            steps = list(go_on(lesson, taste, options.cycles))
+        show_steps(steps)
+        found += steps
+    return {"steps": found}
 
 
-def _row(run: Run) -> list[str]:
-    return [
-        run.taste,
-        str(run.seed),
-        run.method,
-        f"{run.win_rate:.3f}",
-        f"{run.correct_before:.3f} -> {run.correct:.3f}",
-        f"{run.kl:.2f}",
-        f"{run.spoilt:.4f}",
-        f"{run.seconds:.0f}",
-        run.remark,
-    ]
+def _settings(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    for taste in options.tastes:
+        for seed in options.seeds:
+            yield taste, seed
 
 
-def _summary(runs: Sequence[Run], method: str) -> list[str]:
-    mine = [run for run in runs if run.method == method]
-    return [
-        method,
-        str(len(mine)),
-        f"{_mean([run.win_rate for run in mine], 3)} [{min(run.win_rate for run in mine):.3f}]",
-        f"{_mean([run.gain for run in mine], 1)} [{min(run.gain for run in mine):+.1f}]",
-        f"{statistics.fmean(run.kl for run in mine):.2f}",
-        f"{statistics.fmean(run.spoilt for run in mine):.4f}",
-        f"{statistics.fmean(run.seconds for run in mine):.0f}",
-    ]
+@contextmanager
+def _lesson(starter: Path, taste_name: str, seed: int, options: argparse.Namespace) -> Iterator[Lesson]:
+    taste = find_taste(taste_name)
+    votes = draw_votes(Roles.load(starter, RANK), taste, options.votes, seed, options.flip)
+    with tempfile.TemporaryDirectory() as folder:
+        yield Lesson(starter, votes, taste, seed, Path(folder))
 
 
-def _mean(values: Sequence[float], digits: int) -> str:
-    """With twice its standard error."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
-    error = 2 * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
+def _reward_models(lesson: Lesson, methods: Sequence[str]) -> Iterator[tuple[str, RewardQuality]]:
+    """On fresh votes, of which none is turned round. TRL's PPO needs TRL's."""
+    fresh = draw_votes(Roles.load(lesson.starter, RANK), lesson.taste, NUM_FRESH, lesson.seed + APART)
+    yield "ours", our_reward(lesson, fresh)
+    if any(method.startswith("trl") for method in methods):
+        yield "TRL", trl_reward(lesson, fresh)
 
 
 def make_starter(state: Path) -> Path:
@@ -170,7 +122,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--votes", type=int, default=450)
     parser.add_argument("--flip", type=float, default=0.0, help="share of votes that are turned round")
+    parser.add_argument(
+        "--cycles",
+        type=int,
+        default=0,
+        help="so many cycles of ours in a row, the first on --votes, each later one on 100 more",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--name", default="learning", help="of the file in results/")
     parser.add_argument(
         "--state",
         type=Path,

@@ -1,11 +1,18 @@
 """The methods that `learning.py` compares: each learns from the same votes and answers the same questions."""
 
+import json
 import math
+import os
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from service.intervals import wilson
 from tests.benchmarks.learning_users import (
     NUM_QUESTIONS,
     Judged,
@@ -15,15 +22,18 @@ from tests.benchmarks.learning_users import (
     judge_replies,
     sample_anchor,
 )
-from trainer import ppo, preferences, reward_model
+from trainer import ppo, preferences, reward_model, reward_quality
 from trainer.guard import load_guards
-from trainer.learning import Recipe, Refused, anchor_features, learn
-from trainer.models import Roles
+from trainer.learning import Method, Recipe, Refused, anchor_features, learn
+from trainer.models import Roles, compute_dtype
 from trainer.rollouts import Sampler
 from trainer.simulated_users import draw_evaluation
 from trainer.tastes import Taste
 
+ROOT = Path(__file__).parents[2]
+TRL = ROOT / ".venv-trl" / "bin" / "python"
 BEST_OF = 16
+RANK = 16
 VOTES_PER_USER = 100
 """The default."""
 
@@ -38,7 +48,7 @@ class Lesson:
     """For `judge` alone."""
     seed: int
     folder: Path
-    """For what it writes; removed afterwards."""
+    """For what it writes, and what others may read; removed afterwards."""
 
 
 @dataclass(slots=True)
@@ -61,35 +71,37 @@ class Notes:
         """Nothing to do."""
 
 
-def ours(lesson: Lesson) -> tuple[Judged, str]:
+def ours(lesson: Lesson, method: Method = "ppo") -> tuple[Judged, str]:
     """The trainer's own way, with its defaults."""
-    roles = Roles.load(lesson.starter, rank=16)
-    learnt_from = _preferences(lesson, roles)
-    notes, recipe = Notes(), Recipe()
+    roles = Roles.load(lesson.starter, RANK)
+    learnt, remark = learn_ours(lesson, roles, method, method=method)
+    # Where the gate refused it the starter stays live, and is what users meet.
+    return _judge(lesson, roles if learnt else Roles.load(lesson.starter, RANK)), remark
+
+
+def learn_ours(
+    lesson: Lesson, roles: Roles, name: str, cycle: int = 0, method: Method = "ppo"
+) -> tuple[bool, str]:
+    """Trains the policy in `roles`, which begins as the live one. Whether the gate let it pass, and what there is to say of it.
+
+    name: of the folder for checkpoints.
+    """
+    notes = Notes()
     guards = load_guards(None, lesson.starter)
+    learnt_from, seed = _read(roles, lesson.votes), lesson.seed + cycle
     try:
-        learn(roles, learnt_from, guards, recipe, lesson.seed, lesson.folder, notes)
-    except Refused as error:  # the starter stays live, and is what users meet
-        return judge(Roles.load(lesson.starter, rank=16), lesson.taste, lesson.seed + 1), str(error)
-    accuracy = notes.metrics["reward_model"]["accuracy"]["share"]
-    remark = f"kept {notes.metrics['gate']['iteration']}, reward model {accuracy:.2f}"
-    return judge(roles, lesson.taste, lesson.seed + 1), remark
-
-
-def _preferences(lesson: Lesson, roles: Roles) -> preferences.Preferences:
-    feedback = [vote.as_feedback(number) for number, vote in enumerate(lesson.votes)]
-    return preferences.read(roles, feedback, VOTES_PER_USER).preferences
+        learn(roles, learnt_from, guards, Recipe(method=method), seed, lesson.folder / name, notes)
+    except Refused as error:
+        return False, str(error)
+    kept, share = notes.metrics["gate"]["iteration"], notes.metrics["gate"]["share"]
+    return True, f"kept {kept}" + (f", {share:.0%} of it" if share < 1 else "")
 
 
 def best_of(lesson: Lesson) -> tuple[Judged, str]:
     """No training: of 16 replies by the starter, the one that the same reward model likes best."""
-    roles = Roles.load(lesson.starter, rank=16)
-    learnt_from = _preferences(lesson, roles)
-    settings = reward_model.RewardSettings()
-    train = preferences.split(learnt_from, settings.held_out, lesson.seed).train
-    own = anchor_features(roles, Sampler(roles.end_ids, 64), learnt_from.prompts, lesson.seed)
-    ensemble = reward_model.fit(roles, train, own, settings, settings.members, lesson.seed)
-    questions = draw_evaluation(NUM_QUESTIONS)
+    roles = Roles.load(lesson.starter, RANK)
+    ensemble = _fit(lesson, roles)
+    questions = draw_evaluation(NUM_QUESTIONS, lesson.seed)
     prompts = [roles.prompt_ids(question.messages) for question in questions for _ in range(BEST_OF)]
     rollouts = sample_anchor(roles, prompts, lesson.seed + 1)
     features = reward_model.read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
@@ -101,4 +113,132 @@ def best_of(lesson: Lesson) -> tuple[Judged, str]:
     return judge_replies(lesson.taste, questions, [as_reply(roles, rollout) for rollout in chosen], kl), ""
 
 
-METHODS: dict[str, Callable[[Lesson], tuple[Judged, str]]] = {"ours": ours, "best-of-16": best_of}
+def trl_ppo(lesson: Lesson, kl_coef: float) -> tuple[Judged, str]:
+    """TRL's PPO against TRL's reward model: as many replies, in iterations of as many, as ours takes at most.
+
+    Learning rate and epochs are those with which it did best in earlier runs on such votes.
+    """
+    settings = ppo.PPOSettings()
+    roles = Roles.load(lesson.starter, RANK)
+    learnt = _learn_by_trl(
+        lesson,
+        f"ppo-{kl_coef}",
+        method="ppo",
+        reward=str(lesson.folder / "reward" / "reward"),
+        prompts=[roles.prompt_ids(vote.messages) for vote in lesson.votes],
+        kl_coef=kl_coef,
+        learning_rate=2e-4,
+        samples=settings.rollouts,
+        iterations=settings.iterations,
+        epochs=2,
+        reply_tokens=settings.max_tokens,
+    )
+    return learnt, ""
+
+
+def trl_dpo(lesson: Lesson, learning_rate: float) -> tuple[Judged, str]:
+    """TRL's DPO with its defaults."""
+    name = f"dpo-{learning_rate}"
+    return _learn_by_trl(lesson, name, method="dpo", learning_rate=learning_rate), ""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardQuality:
+    """How well a reward model tells what users of that taste prefer, on votes that nobody learnt from."""
+
+    accuracy: float
+    low: float
+    high: float
+    """95 % (Wilson)."""
+    calibration_error: float
+    """ECE, ten bins."""
+
+
+def our_reward(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> RewardQuality:
+    """As a cycle fits it."""
+    roles = Roles.load(lesson.starter, RANK)
+    quality = reward_quality.measure(roles, _fit(lesson, roles), _read(roles, fresh).pairs)
+    accuracy = quality.accuracy
+    return RewardQuality(accuracy.share, accuracy.low, accuracy.high, quality.calibration_error)
+
+
+def trl_reward(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> RewardQuality:
+    """TRL's `RewardTrainer` with its defaults, on all the votes. `trl_ppo` uses what it learns."""
+    folder = _run_trl(lesson, "reward", method="reward", fresh=_as_trl(fresh))
+    probabilities = torch.tensor(json.loads((folder / "margins.json").read_text())).sigmoid().tolist()
+    right = [probability > 0.5 for probability in probabilities]
+    low, high = wilson(sum(right), len(right))
+    error = reward_quality.calibration_error([max(p, 1 - p) for p in probabilities], right)
+    return RewardQuality(sum(right) / len(right), low, high, error)
+
+
+def _fit(lesson: Lesson, roles: Roles) -> reward_model.Head:
+    """The ensemble of a cycle: of the votes that it does not hold out."""
+    settings = reward_model.RewardSettings()
+    learnt_from = _read(roles, lesson.votes)
+    train = preferences.split(learnt_from, settings.held_out, lesson.seed).train
+    own = anchor_features(roles, Sampler(roles.end_ids, 64), learnt_from.prompts, lesson.seed)
+    return reward_model.fit(roles, train, own, settings, settings.members, lesson.seed)
+
+
+def _read(roles: Roles, votes: Sequence[SimulatedVote]) -> preferences.Preferences:
+    feedback = [vote.as_feedback(number) for number, vote in enumerate(votes)]
+    return preferences.read(roles, feedback, VOTES_PER_USER).preferences
+
+
+def _learn_by_trl(lesson: Lesson, name: str, **asked: Any) -> Judged:
+    folder = _run_trl(lesson, name, **asked)
+    return _judge(lesson, Roles.load(lesson.starter, RANK, parent=folder / "adapter"))
+
+
+def _run_trl(lesson: Lesson, name: str, **asked: Any) -> Path:
+    """A job in a folder of that name. Raises RuntimeError with the end of what it wrote where it failed."""
+    folder = lesson.folder / name
+    folder.mkdir()
+    job = {
+        "base": str(lesson.starter),
+        "dtype": str(compute_dtype(torch.device("cpu"))).removeprefix("torch."),
+        "seed": lesson.seed,
+        "threads": torch.get_num_threads(),
+        "pairs": _as_trl(lesson.votes),
+        "fresh": [],
+        "rank": RANK,
+    }
+    (folder / "job.json").write_text(json.dumps(job | asked))
+    command = [str(TRL), "-m", "tests.benchmarks.learning_trl", str(folder)]
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"TRL failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return folder
+
+
+def _as_trl(votes: Sequence[SimulatedVote]) -> list[dict[str, Any]]:
+    """Votes that prefer one reply, in TRL's conversational format: it has no place for ties."""
+    rows = []
+    for vote in votes:
+        replies = {"first": vote.first, "second": vote.second}
+        if vote.choice in replies:
+            chosen = replies.pop(vote.choice)
+            [rejected] = replies.values()
+            rows.append(
+                {
+                    "prompt": list(vote.messages),
+                    "chosen": [{"role": "assistant", "content": chosen}],
+                    "rejected": [{"role": "assistant", "content": rejected}],
+                }
+            )
+    return rows
+
+
+def _judge(lesson: Lesson, roles: Roles) -> Judged:
+    return judge(roles, lesson.taste, lesson.seed, draw=1)
+
+
+METHODS: dict[str, Callable[[Lesson], tuple[Judged, str]]] = {
+    "ours": ours,
+    "ours-dpo": partial(ours, method="dpo"),
+    "best-of-16": best_of,
+    **{f"trl-ppo-{kl_coef}": partial(trl_ppo, kl_coef=kl_coef) for kl_coef in (0.02, 0.1, 0.3)},
+    **{f"trl-dpo-{rate}": partial(trl_dpo, learning_rate=rate) for rate in (1e-4, 1e-5)},
+}

@@ -23,7 +23,7 @@ from trainer.snapshot import RANKS, Feedback
 from trainer.tastes import Taste
 
 NUM_USERS = 8
-NUM_QUESTIONS = 400
+NUM_QUESTIONS = 1000
 MOST_TOKENS = 64
 MIN_P = 0.02
 """As the service samples by default."""
@@ -90,11 +90,12 @@ def draw_votes(roles: Roles, taste: Taste, count: int, seed: int, flip: float = 
     return votes[:count]
 
 
-def judge(roles: Roles, taste: Taste, seed: int) -> Judged:
-    """Ask the policy in `roles` the fixed questions, once each."""
-    questions = draw_evaluation(NUM_QUESTIONS)
+def judge(roles: Roles, taste: Taste, seed: int, draw: int) -> Judged:
+    """Ask the policy in `roles` the questions of that seed, once each. draw: another one has other random numbers."""
+    questions = draw_evaluation(NUM_QUESTIONS, seed)
     prompts = [roles.prompt_ids(question.messages) for question in questions]
-    rollouts = _sample(roles, prompts, torch.Generator(device=roles.device).manual_seed(seed))
+    generator = torch.Generator(device=roles.device).manual_seed(seed + draw * 1_000_003)
+    rollouts = _sample(roles, prompts, generator)
     return judge_replies(
         taste, questions, [as_reply(roles, rollout) for rollout in rollouts], measure_kl(roles, rollouts)
     )

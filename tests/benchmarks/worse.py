@@ -122,7 +122,7 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
     examination = gate.Examination(
         roles, true_judge, served, shown, given.held_out.pairs, load_guards(None, starter), seed
     )
-    before = judge(roles, taste, seed)
+    before = judge(roles, taste, seed, draw=0)
     training = ppo.PPO(roles, ensemble, liked, prompts, policy, seed)
     checkpoints = folder / "checkpoints"
     outcome = ppo.train(training, checkpoints, lambda _: None)
@@ -139,7 +139,7 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
         publish(roles, probes, _lineage(f"policy-{number:06d}", starter, seed), folder / "policies")
         for number in (1, 2)
     ]
-    return Worse(folders, judge(roles, taste, seed + 1), before, verdict)
+    return Worse(folders, judge(roles, taste, seed, draw=1), before, verdict)
 
 
 def _split(roles: Roles, votes: list[SimulatedVote], held_out: float, seed: int) -> Split:
