@@ -203,14 +203,14 @@ def _shares_right(guards: Sequence[Guard], texts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def measure_kl(roles: Roles, rollouts: Sequence[Rollout]) -> float:
-    """Of the policy in `roles`, whose replies these are, to the anchor: nats per reply (k3)."""
+def measure_kl(roles: Roles, rollouts: Sequence[Rollout], anchor: Roles | None = None) -> float:
+    """Of the policy in `roles`, whose replies these are, to their anchor or another one's: nats per reply (k3)."""
     total = 0.0
     ordered = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.reply_ids))
     for start in range(0, len(ordered), 64):
         sequences = [(rollout.prompt_ids, rollout.reply_ids) for rollout in ordered[start : start + 64]]
         batch = Batch.collate(sequences, roles.pad_id, roles.device)
-        kl = kl_k3(roles.logprobs(batch), roles.read(batch).logprobs)
+        kl = kl_k3(roles.logprobs(batch), (anchor or roles).read(batch).logprobs)
         total += (kl * batch.reply_mask).sum().item()
     return total / len(rollouts)
 

@@ -25,7 +25,7 @@ from tests.benchmarks.learning_users import (
 from trainer import ppo, preferences, reward_model, reward_quality
 from trainer.guard import load_guards
 from trainer.learning import Method, Recipe, Refused, anchor_features, learn
-from trainer.models import Roles, compute_dtype
+from trainer.models import Roles
 from trainer.rollouts import Sampler
 from trainer.simulated_users import draw_evaluation
 from trainer.tastes import Taste
@@ -124,7 +124,7 @@ def trl_ppo(lesson: Lesson, kl_coef: float) -> tuple[Judged, str]:
         lesson,
         f"ppo-{kl_coef}",
         method="ppo",
-        reward=str(lesson.folder / "reward" / "reward"),
+        reward=str(lesson.folder / "reward" / "model"),
         prompts=[roles.prompt_ids(vote.messages) for vote in lesson.votes],
         kl_coef=kl_coef,
         learning_rate=2e-4,
@@ -164,7 +164,7 @@ def our_reward(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> RewardQuality:
 
 def trl_reward(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> RewardQuality:
     """TRL's `RewardTrainer` with its defaults, on all the votes. `trl_ppo` uses what it learns."""
-    folder = _run_trl(lesson, "reward", method="reward", fresh=_as_trl(fresh))
+    folder = _run_trl(lesson, "reward", method="reward", fresh=as_trl(fresh))
     probabilities = torch.tensor(json.loads((folder / "margins.json").read_text())).sigmoid().tolist()
     right = [probability > 0.5 for probability in probabilities]
     low, high = wilson(sum(right), len(right))
@@ -188,7 +188,8 @@ def _read(roles: Roles, votes: Sequence[SimulatedVote]) -> preferences.Preferenc
 
 def _learn_by_trl(lesson: Lesson, name: str, **asked: Any) -> Judged:
     folder = _run_trl(lesson, name, **asked)
-    return _judge(lesson, Roles.load(lesson.starter, RANK, parent=folder / "adapter"))
+    starter = Roles.load(lesson.starter, RANK)
+    return judge(Roles.load(folder / "model", RANK), lesson.taste, lesson.seed, draw=1, anchor=starter)
 
 
 def _run_trl(lesson: Lesson, name: str, **asked: Any) -> Path:
@@ -197,12 +198,10 @@ def _run_trl(lesson: Lesson, name: str, **asked: Any) -> Path:
     folder.mkdir()
     job = {
         "base": str(lesson.starter),
-        "dtype": str(compute_dtype(torch.device("cpu"))).removeprefix("torch."),
         "seed": lesson.seed,
         "threads": torch.get_num_threads(),
-        "pairs": _as_trl(lesson.votes),
+        "pairs": as_trl(lesson.votes),
         "fresh": [],
-        "rank": RANK,
     }
     (folder / "job.json").write_text(json.dumps(job | asked))
     command = [str(TRL), "-m", "tests.benchmarks.learning_trl", str(folder)]
@@ -213,7 +212,7 @@ def _run_trl(lesson: Lesson, name: str, **asked: Any) -> Path:
     return folder
 
 
-def _as_trl(votes: Sequence[SimulatedVote]) -> list[dict[str, Any]]:
+def as_trl(votes: Sequence[SimulatedVote]) -> list[dict[str, Any]]:
     """Votes that prefer one reply, in TRL's conversational format: it has no place for ties."""
     rows = []
     for vote in votes:

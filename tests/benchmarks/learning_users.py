@@ -90,14 +90,20 @@ def draw_votes(roles: Roles, taste: Taste, count: int, seed: int, flip: float = 
     return votes[:count]
 
 
-def judge(roles: Roles, taste: Taste, seed: int, draw: int) -> Judged:
-    """Ask the policy in `roles` the questions of that seed, once each. draw: another one has other random numbers."""
+def judge(roles: Roles, taste: Taste, seed: int, draw: int, anchor: Roles | None = None) -> Judged:
+    """Ask the policy in `roles` the questions of that seed, once each. draw: another one has other random numbers.
+
+    anchor: that KL is measured to, where it is not that of `roles`.
+    """
     questions = draw_evaluation(NUM_QUESTIONS, seed)
     prompts = [roles.prompt_ids(question.messages) for question in questions]
     generator = torch.Generator(device=roles.device).manual_seed(seed + draw * 1_000_003)
     rollouts = _sample(roles, prompts, generator)
     return judge_replies(
-        taste, questions, [as_reply(roles, rollout) for rollout in rollouts], measure_kl(roles, rollouts)
+        taste,
+        questions,
+        [as_reply(roles, rollout) for rollout in rollouts],
+        measure_kl(roles, rollouts, anchor),
     )
 
 
