@@ -10,21 +10,21 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import aiohttp
 import msgspec
 
+from service.beat import Beat
 from service.errors import (
     BadRequest,
     DeadlineExceeded,
     EngineGone,
     EngineUnavailable,
-    EngineUnreachable,
     PolicyNotLoaded,
     PolicyRefused,
-    RatchetError,
 )
+from service.pieces import Piece, gone, only, pieces, read_whole
 
 CONNECT_SECONDS = 2.0
 KEEP_SECONDS = 3.0
@@ -35,8 +35,12 @@ TOKEN_SECONDS = 30.0
 """For one token: a busy engine, or one that compiles a kernel, takes long; a hung one takes for ever."""
 LOAD_SECONDS = 120.0
 READ_BYTES = 1 << 18
+FEW = 4
+"""Replies that one engine streams at once, up to which each token goes on by itself."""
+BEAT_SECONDS = 0.04
+"""With more, what has come goes on so often: a token by itself costs as much as several together, and where engine and service share
+cores, the engine pays for it."""
 JSON_HEADERS = {"content-type": "application/json"}
-FINISHED = ("stop", "length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +66,6 @@ class Message:
 
     role: str
     content: str
-
-
-class Piece(NamedTuple):
-    """What one engine chunk adds to one of its replies; token counts are those of that reply so far."""
-
-    reply: int
-    """Which of the engine's replies, from 0."""
-    text: str
-    finish_reason: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    model: str
-    logprobs: bytes | None = None
-    """OpenAI's `logprobs` object of this piece, as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +136,7 @@ class VllmEngine:
         self._opening: set[asyncio.Timeout] = set()
         """Of requests that have no answer yet."""
         self._answering: set[aiohttp.StreamReader] = set()
+        self._beat = Beat(BEAT_SECONDS)
 
     @asynccontextmanager
     async def generate(
@@ -170,11 +161,16 @@ class VllmEngine:
         try:
             if response.status != HTTPStatus.OK:
                 raise _refusal(response.status, _message_of(await response.text()), policy)
-            yield _pieces(response.content) if stream else _only(_whole(await _read(response)))
+            yield pieces(response.content, self._pause) if stream else only(await read_whole(response))
         finally:
             self._answering.discard(response.content)
             alarm.cancel()
             response.close()  # before the end: vLLM sees it and aborts the generation
+
+    async def _pause(self) -> None:
+        """Between two tokens: where many replies stream, until the next beat."""
+        if len(self._answering) > FEW:
+            await self._beat.wait()
 
     async def _open(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
@@ -192,7 +188,7 @@ class VllmEngine:
                 finally:
                     self._opening.discard(limit)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _gone(error) from error
+            raise gone(error) from error
 
     def forget(self) -> None:
         """Nothing is remembered: it is asked each time."""
@@ -266,13 +262,7 @@ class VllmEngine:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
                 return response.status, await response.text()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise _gone(error) from error
-
-
-def _gone(error: Exception) -> EngineGone:
-    unreachable = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-    kind = EngineUnreachable if unreachable else EngineGone
-    return kind(f"The engine did not answer ({type(error).__name__}). Try again.")
+            raise gone(error) from error
 
 
 def _body(
@@ -296,125 +286,12 @@ def _body(
     if sampling.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
     if stream:
-        body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        # What ends with the stream, its last chunk can count; of several replies each ends at its own time.
+        body |= {
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": count > 1},
+        }
     return body
-
-
-class _Text(msgspec.Struct, frozen=True):
-    content: str | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int | None = 0
-
-
-NO_USAGE = _Usage()
-
-
-class _Choice(msgspec.Struct):
-    """Of a stream (`delta`) or of a whole answer (`message`)."""
-
-    index: int
-    delta: _Text = _Text()
-    message: _Text = _Text()
-    finish_reason: str | None = None
-    logprobs: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _Answer(msgspec.Struct):
-    """What is read of an engine's answer or chunk; an error has only `error`."""
-
-    model: str = ""
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: msgspec.Raw | None = None
-
-
-_decode = msgspec.json.Decoder(_Answer).decode
-DONE = b"[DONE]"
-MOST_AT_ONCE = 64
-"""Chunks that are handed on together where many have come."""
-
-
-async def _pieces(content: aiohttp.StreamReader) -> AsyncIterator[list[Piece]]:
-    """The chunks of one SSE stream, as they come. Raises EngineUnavailable for an error, an abort, an early end."""
-    rest = b""
-    most = 1  # the first token goes on at once, however much has come with it
-    while received := await _received(content):
-        *events, rest = (rest + received).split(b"\n\n")
-        while events:
-            pieces, whole = _read_events(events[:most])
-            if pieces:
-                yield pieces
-            if whole:
-                with suppress(RatchetError):  # the reply is whole, whatever comes now
-                    await _received(content)  # the end of the body: the connection can serve the next request
-                return
-            del events[:most]
-            if any(piece.text for piece in pieces):
-                most = MOST_AT_ONCE
-    raise EngineGone("The engine went away while it was answering. Try again.")
-
-
-def _read_events(events: Sequence[bytes]) -> tuple[list[Piece], bool]:
-    """What server-sent events say, and whether the stream has come to its end."""
-    pieces: list[Piece] = []
-    for event in events:
-        data = event.removeprefix(b"data:").strip()
-        if data == DONE:
-            return pieces, True
-        if data and not data.startswith(b":"):
-            pieces += _whole(data)
-    return pieces, False
-
-
-async def _received(content: aiohttp.StreamReader) -> bytes:
-    """What has come since, at least one byte; nothing at the end."""
-    try:
-        return await content.readany()
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise _gone(error) from error
-
-
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    try:
-        return await response.read()
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise _gone(error) from error
-
-
-async def _only(pieces: list[Piece]) -> AsyncIterator[list[Piece]]:
-    yield pieces
-
-
-def _whole(data: bytes) -> list[Piece]:
-    """The pieces of one chunk, or of a whole answer."""
-    try:
-        answer = _decode(data)
-    except msgspec.DecodeError:
-        raise EngineUnavailable("The engine gave an answer that cannot be read. Try again.") from None
-    if answer.error is not None:
-        raise EngineUnavailable("The engine failed while it was answering. Try again.")
-    return [_piece(answer, choice) for choice in answer.choices]
-
-
-def _piece(answer: _Answer, choice: _Choice) -> Piece:
-    reason = choice.finish_reason
-    if reason is not None and reason not in FINISHED:
-        raise EngineUnavailable("The engine stopped before the answer was whole. Try again.")
-    usage = answer.usage or NO_USAGE
-    logprobs = bytes(choice.logprobs)
-    return Piece(
-        choice.index,
-        # PostgreSQL cannot hold NUL
-        (choice.delta.content or choice.message.content or "").replace("\0", "\ufffd"),
-        reason,
-        usage.prompt_tokens,
-        usage.completion_tokens or 0,
-        answer.model,
-        None if logprobs == b"null" else logprobs,
-    )
 
 
 def _refusal(status: int, message: str, policy: str) -> BadRequest | EngineUnavailable:

@@ -29,7 +29,7 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from service.engine import FINISHED
+from service.pieces import FINISHED
 from service.schemas import ChatMessage, Name, Text
 
 Kind = Literal["votes", "pairs", "battles", "rankings", "demonstrations"]

@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 from service import logs, metrics, tracing
 from service.context import Context
-from service.engine import Message, Piece, Sampling
+from service.engine import Message, Sampling
 from service.errors import DeadlineExceeded, MixedPolicy
 from service.journal import Begun, Ended, Stored, UserName
 from service.merging import merged
 from service.pairing import Objection, Pairing, objection, shown_order
 from service.part import Part, Question
+from service.pieces import Piece
 
 log = logging.getLogger("ratchet.generation")
 
@@ -72,7 +73,7 @@ class Voice:
 
     def ended(self, finish_reason: str) -> Ended:
         """How it ended, or what there is of it."""
-        return Ended(self.content, finish_reason, self.prompt_tokens, self.completion_tokens)
+        return Ended(self.content, finish_reason, self.prompt_tokens or None, self.completion_tokens)
 
 
 class Shown(NamedTuple):

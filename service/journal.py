@@ -60,7 +60,7 @@ class Ended:
 
     content: str
     finish_reason: str
-    prompt_tokens: int
+    prompt_tokens: int | None
     completion_tokens: int
 
 

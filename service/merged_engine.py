@@ -10,8 +10,9 @@ from http import HTTPStatus
 
 import aiohttp
 
-from service.engine import LOAD_SECONDS, Message, Models, Piece, Sampling, VllmEngine
+from service.engine import LOAD_SECONDS, Message, Models, Sampling, VllmEngine
 from service.errors import EngineUnavailable, PolicyRefused
+from service.pieces import Piece
 from service.policies import BASE
 
 AS_STARTED = "default"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from service import metrics
-from service.engine import Message, Piece, Sampling
+from service.engine import Message, Sampling
 from service.errors import (
     DeadlineExceeded,
     EngineGone,
@@ -21,6 +21,7 @@ from service.errors import (
     RatchetError,
 )
 from service.fleet import Fleet, Replica
+from service.pieces import Piece
 
 log = logging.getLogger("ratchet.part")
 

@@ -22,7 +22,7 @@ from typing import Any
 from playwright.sync_api import Browser, Page, sync_playwright
 from rich.console import Console
 
-from service.engine import Piece
+from service.pieces import Piece
 from tests.benchmarks.durability_parts import fresh_settings, running
 from tests.benchmarks.gateway_report import Goal, goals_report, table
 from tests.benchmarks.tables import write_results

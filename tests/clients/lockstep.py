@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from service.engine import Piece
+from service.pieces import Piece
 from tests.service.fake_engine import FakeEngine
 
 LOOK_SECONDS = 0.01

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from service.engine import Message, Models, Piece, Sampling
+from service.engine import Message, Models, Sampling
 from service.errors import DeadlineExceeded, EngineGone, EngineUnavailable, PolicyNotLoaded, PolicyRefused
+from service.pieces import Piece
 from service.policies import BASE
 
 

@@ -1,0 +1,198 @@
+"""What an engine's answer adds to its replies, piece by piece: reads vLLM's streams and whole answers. Used by `engine.py`."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+import aiohttp
+import msgspec
+
+from service.errors import EngineGone, EngineUnavailable, EngineUnreachable, RatchetError
+
+FINISHED = ("stop", "length")
+DONE = b"[DONE]"
+MOST_AT_ONCE = 64
+"""Chunks that are handed on together where many have come."""
+
+
+class Piece(NamedTuple):
+    """What one engine chunk adds to one of its replies."""
+
+    reply: int
+    """Which of the engine's replies, from 0."""
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    """0 where the engine has not said yet."""
+    completion_tokens: int
+    """Of that reply so far; at least, until it has ended."""
+    model: str
+    logprobs: bytes | None = None
+    """OpenAI's `logprobs` object of this piece, as JSON."""
+
+
+class _Text(msgspec.Struct, frozen=True):
+    content: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int | None = 0
+
+
+NO_USAGE = _Usage()
+
+
+class _Choice(msgspec.Struct):
+    """Of a stream (`delta`) or of a whole answer (`message`)."""
+
+    index: int
+    delta: _Text = _Text()
+    message: _Text = _Text()
+    finish_reason: str | None = None
+    logprobs: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _Answer(msgspec.Struct):
+    """What is read of an engine's answer or chunk; an error has only `error`."""
+
+    model: str = ""
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: msgspec.Raw | None = None
+
+
+_decode = msgspec.json.Decoder(_Answer).decode
+
+
+async def pieces(
+    content: aiohttp.StreamReader, pause: Callable[[], Awaitable[None]]
+) -> AsyncIterator[list[Piece]]:
+    """The chunks of one SSE stream, as they come, with a pause after each token or tokens that came together.
+
+    Raises EngineUnavailable for an error, an abort, an early end.
+    """
+    rest = b""
+    stream = _Stream()
+    most = 1  # the first token goes on at once, however much has come with it
+    while received := await _received(content):
+        *events, rest = (rest + received).split(b"\n\n")
+        while events:
+            found = stream.read(events[:most])
+            if found:
+                yield found
+            if stream.whole:
+                with suppress(RatchetError):  # the reply is whole, whatever comes now
+                    await _received(content)  # the end of the body: the connection can serve the next request
+                return
+            del events[:most]
+            if any(piece.text for piece in found):
+                most = MOST_AT_ONCE
+        if most > 1:
+            await pause()
+    raise EngineGone("The engine went away while it was answering. Try again.")
+
+
+class _Stream:
+    """How far one SSE stream has been read.
+
+    Tokens are counted in each chunk or, where one reply is streamed, after its end: its last piece waits for that.
+    """
+
+    def __init__(self) -> None:
+        self.whole = False
+        """Whether it has come to its end."""
+        self._last: Piece | None = None
+        self._chunks = 0
+
+    def read(self, events: Sequence[bytes]) -> list[Piece]:
+        """What server-sent events say."""
+        found: list[Piece] = []
+        for event in events:
+            data = event.removeprefix(b"data:").strip()
+            if data == DONE:
+                self.whole = True
+                break
+            if data and not data.startswith(b":"):
+                found += self._pieces(_read(data))
+        if self.whole and self._last is not None:  # it was not counted
+            found.append(self._last)
+        return found
+
+    def _pieces(self, answer: _Answer) -> list[Piece]:
+        if answer.usage is not None and not answer.choices:
+            last, self._last = self._last, None
+            return [_counted(last, answer.usage)] if last is not None else []
+        if answer.usage is not None:
+            return [_piece(answer, choice) for choice in answer.choices]
+        found = []
+        for choice in answer.choices:
+            self._chunks += bool(choice.delta.content)
+            piece = _piece(answer, choice)._replace(completion_tokens=self._chunks)
+            if piece.finish_reason is None:
+                found.append(piece)
+            else:
+                self._last = piece
+        return found
+
+
+async def only(found: list[Piece]) -> AsyncIterator[list[Piece]]:
+    """An answer that came at once."""
+    yield found
+
+
+async def read_whole(response: aiohttp.ClientResponse) -> list[Piece]:
+    """The pieces of an answer that is not streamed. Raises EngineUnavailable."""
+    try:
+        data = await response.read()
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise gone(error) from error
+    answer = _read(data)
+    return [_piece(answer, choice) for choice in answer.choices]
+
+
+def gone(error: Exception) -> EngineGone:
+    """What a failure to reach an engine is called."""
+    unreachable = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+    kind = EngineUnreachable if unreachable else EngineGone
+    return kind(f"The engine did not answer ({type(error).__name__}). Try again.")
+
+
+async def _received(content: aiohttp.StreamReader) -> bytes:
+    """What has come since, at least one byte; nothing at the end."""
+    try:
+        return await content.readany()
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise gone(error) from error
+
+
+def _read(data: bytes) -> _Answer:
+    try:
+        answer = _decode(data)
+    except msgspec.DecodeError:
+        raise EngineUnavailable("The engine gave an answer that cannot be read. Try again.") from None
+    if answer.error is not None:
+        raise EngineUnavailable("The engine failed while it was answering. Try again.")
+    return answer
+
+
+def _piece(answer: _Answer, choice: _Choice) -> Piece:
+    reason = choice.finish_reason
+    if reason is not None and reason not in FINISHED:
+        raise EngineUnavailable("The engine stopped before the answer was whole. Try again.")
+    usage = answer.usage or NO_USAGE
+    logprobs = bytes(choice.logprobs)
+    return Piece(
+        choice.index,
+        # PostgreSQL cannot hold NUL
+        (choice.delta.content or choice.message.content or "").replace("\0", "\ufffd"),
+        reason,
+        usage.prompt_tokens,
+        usage.completion_tokens or 0,
+        answer.model,
+        None if logprobs == b"null" else logprobs,
+    )
+
+
+def _counted(piece: Piece, usage: _Usage) -> Piece:
+    return piece._replace(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens or 0)

@@ -1,0 +1,131 @@
+"""How an engine's streams are read."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from service.beat import Beat
+from service.errors import EngineGone, EngineUnavailable
+from service.pieces import Piece, pieces
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Content:
+    """Of a response: gives what has come, read by read."""
+
+    def __init__(self, *reads: bytes) -> None:
+        self.reads = list(reads)
+
+    async def readany(self) -> bytes:
+        return self.reads.pop(0) if self.reads else b""
+
+
+def chunk(
+    text: str, finish_reason: str | None = None, usage: tuple[int, int] | None = None, reply: int = 0
+) -> bytes:
+    choice = {"index": reply, "delta": {"content": text}, "finish_reason": finish_reason}
+    return event({"model": "m", "choices": [choice]} | counted(usage))
+
+
+def counts(prompt: int, completion: int) -> bytes:
+    return event({"model": "m", "choices": []} | counted((prompt, completion)))
+
+
+def counted(usage: tuple[int, int] | None) -> dict[str, Any]:
+    return {"usage": dict(zip(("prompt_tokens", "completion_tokens"), usage, strict=True))} if usage else {}
+
+
+def event(answer: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(answer).encode() + b"\n\n"
+
+
+async def read(content: Content) -> tuple[list[list[Piece]], int]:
+    """The pieces that came together, and the number of pauses."""
+    pauses = 0
+
+    async def pause() -> None:
+        nonlocal pauses
+        pauses += 1
+
+    return [found async for found in pieces(content, pause)], pauses  # type: ignore[arg-type]
+
+
+async def test_a_reply_that_is_counted_after_its_end_ends_with_its_counts() -> None:
+    content = Content(chunk(""), chunk("one "), chunk("two"), chunk("", "stop"), counts(7, 3), DONE)
+    found, _ = await read(content)
+    assert [(p.text, p.finish_reason) for each in found for p in each] == [
+        ("", None),
+        ("one ", None),
+        ("two", None),
+        ("", "stop"),
+    ]
+    assert (found[-1][0].prompt_tokens, found[-1][0].completion_tokens) == (7, 3)
+    assert [each[0].completion_tokens for each in found[:-1]] == [0, 1, 2], (
+        "what is known if it is cut off here"
+    )
+
+
+async def test_a_reply_that_is_never_counted_ends_all_the_same() -> None:
+    found, _ = await read(Content(chunk("one"), chunk(" two", "length") + DONE))
+    assert found[-1] == [Piece(0, " two", "length", 0, 2, "m")]
+
+
+async def test_of_several_replies_each_ends_at_its_own_time() -> None:
+    content = Content(
+        chunk("a", usage=(7, 1)),
+        chunk("b", "stop", (7, 2), reply=1),
+        chunk("c", "stop", (7, 2)),
+        counts(7, 4),
+        DONE,
+    )
+    found, _ = await read(content)
+    assert [(p.reply, p.finish_reason, p.completion_tokens) for each in found for p in each] == [
+        (0, None, 1),
+        (1, "stop", 2),
+        (0, "stop", 2),
+    ]
+
+
+async def test_the_first_token_goes_on_by_itself_and_what_follows_waits_for_a_pause() -> None:
+    content = Content(chunk(""), chunk("a") + chunk("b"), chunk("c") + chunk("d"), chunk("", "stop") + DONE)
+    found, pauses = await read(content)
+    assert [[p.text for p in each] for each in found] == [[""], ["a"], ["b"], ["c", "d"], [""]]
+    assert pauses == 2, "after the first token, and after what came with the second read"
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (Content(chunk("a")), EngineGone),
+        (Content(chunk("a"), chunk("b", "stop")), EngineGone),
+        (Content(chunk("a"), chunk("", "abort"), DONE), EngineUnavailable),
+        (Content(chunk("a"), event({"error": {"message": "out of memory"}})), EngineUnavailable),
+        (Content(b"data: {\n\n"), EngineUnavailable),
+    ],
+    ids=["early end", "early end, uncounted", "aborted", "error", "unreadable"],
+)
+async def test_a_stream_that_is_not_whole_is_an_error(content: Content, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        await read(content)
+
+
+async def test_all_who_wait_for_a_beat_go_on_together_and_one_who_leaves_keeps_nobody() -> None:
+    beat, order = Beat(0.05), list[str]()
+
+    async def wait(name: str) -> None:
+        await beat.wait()
+        order.append(name)
+
+    async with asyncio.TaskGroup() as waiting:
+        waiting.create_task(wait("first"))
+        leaves = waiting.create_task(wait("leaves"))
+        await asyncio.sleep(0)
+        leaves.cancel()
+        await asyncio.sleep(0.02)
+        assert order == []
+        waiting.create_task(wait("last"))
+    assert order == ["first", "last"]
+    await beat.wait()  # and there is a next one
