@@ -36,10 +36,10 @@ TOKEN_SECONDS = 30.0
 LOAD_SECONDS = 120.0
 READ_BYTES = 1 << 18
 FEW = 4
-"""Replies that one engine streams at once, up to which each token goes on by itself."""
+"""Requests that one engine answers at once, up to which each token goes on by itself."""
 BEAT_SECONDS = 0.04
-"""With more, what has come goes on so often: a token by itself costs as much as several together, and where engine and service share
-cores, the engine pays for it."""
+"""With more, what has come goes on so often, once a reply has begun: a token by itself costs as much as several together, and where
+engine and service share cores, the engine pays for it."""
 JSON_HEADERS = {"content-type": "application/json"}
 
 
@@ -154,7 +154,8 @@ class VllmEngine:
         # One alarm for the whole reply: a timeout around each read cost a tenth of a streamed token's time.
         alarm = asyncio.get_running_loop().call_at(
             deadline,
-            response.content.set_exception,
+            _end,
+            response.content,
             DeadlineExceeded("The answer took too long. Ask for fewer tokens."),
         )
         self._answering.add(response.content)
@@ -168,7 +169,7 @@ class VllmEngine:
             response.close()  # before the end: vLLM sees it and aborts the generation
 
     async def _pause(self) -> None:
-        """Between two tokens: where many replies stream, until the next beat."""
+        """Between two tokens: where many requests are answered, until the next beat."""
         if len(self._answering) > FEW:
             await self._beat.wait()
 
@@ -198,7 +199,7 @@ class VllmEngine:
         for limit in opening:
             limit.reschedule(0)
         for content in self._answering:
-            content.set_exception(EngineGone("The engine stopped answering. Try again."))
+            _end(content, EngineGone("The engine stopped answering. Try again."))
 
     async def models(self) -> Models:
         cards = (await self._call("GET", "/v1/models"))["data"]
@@ -263,6 +264,12 @@ class VllmEngine:
                 return response.status, await response.text()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise gone(error) from error
+
+
+def _end(content: aiohttp.StreamReader, error: Exception) -> None:
+    """Whoever reads on meets the error, but where all has come already."""
+    if not content.is_eof():
+        content.set_exception(error)
 
 
 def _body(

@@ -161,7 +161,7 @@ class Generation:
             "gen_ai.response.id": self.stored.id,
             "gen_ai.response.model": policies[0],
             "gen_ai.response.finish_reasons": [voice.finish_reason or "error" for voice in voices],
-            "gen_ai.usage.input_tokens": max(voice.prompt_tokens for voice in voices),
+            "gen_ai.usage.input_tokens": max(voice.prompt_tokens for voice in voices) or None,
             "gen_ai.usage.output_tokens": sum(voice.completion_tokens for voice in voices),
             "ratchet.policies": policies,
             "ratchet.comparison.id": self.stored.comparison_id,

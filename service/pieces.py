@@ -1,5 +1,8 @@
 """What an engine's answer adds to its replies, piece by piece: reads vLLM's streams and whole answers. Used by `engine.py`."""
 
+import asyncio
+import math
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -13,6 +16,8 @@ FINISHED = ("stop", "length")
 DONE = b"[DONE]"
 MOST_AT_ONCE = 64
 """Chunks that are handed on together where many have come."""
+BEGINNING_SECONDS = 0.1
+"""How long a reply goes on token by token: its beginning is what people wait for, and short ones are over by then."""
 
 
 class Piece(NamedTuple):
@@ -68,10 +73,12 @@ _decode = msgspec.json.Decoder(_Answer).decode
 async def pieces(
     content: aiohttp.StreamReader, pause: Callable[[], Awaitable[None]]
 ) -> AsyncIterator[list[Piece]]:
-    """The chunks of one SSE stream, as they come, with a pause after each token or tokens that came together.
+    """The chunks of one SSE stream, as they come, and `BEGINNING_SECONDS` after the first token with a pause between them.
 
     Raises EngineUnavailable for an error, an abort, an early end.
     """
+    clock = asyncio.get_running_loop().time
+    begun = math.inf
     rest = b""
     stream = _Stream()
     most = 1  # the first token goes on at once, however much has come with it
@@ -86,9 +93,9 @@ async def pieces(
                     await _received(content)  # the end of the body: the connection can serve the next request
                 return
             del events[:most]
-            if any(piece.text for piece in found):
-                most = MOST_AT_ONCE
-        if most > 1:
+            if most == 1 and any(piece.text for piece in found):
+                most, begun = MOST_AT_ONCE, clock()
+        if clock() > begun + BEGINNING_SECONDS and not stream.ends:
             await pause()
     raise EngineGone("The engine went away while it was answering. Try again.")
 
@@ -102,8 +109,14 @@ class _Stream:
     def __init__(self) -> None:
         self.whole = False
         """Whether it has come to its end."""
-        self._last: Piece | None = None
-        self._chunks = 0
+        self._last: dict[int, Piece] = {}
+        """Of each reply that has ended uncounted."""
+        self._chunks: Counter[int] = Counter()
+
+    @property
+    def ends(self) -> bool:
+        """Whether nothing but counts can be missing."""
+        return bool(self._last)
 
     def read(self, events: Sequence[bytes]) -> list[Piece]:
         """What server-sent events say."""
@@ -115,24 +128,23 @@ class _Stream:
                 break
             if data and not data.startswith(b":"):
                 found += self._pieces(_read(data))
-        if self.whole and self._last is not None:  # it was not counted
-            found.append(self._last)
-        return found
+        return found + list(self._last.values()) if self.whole else found
 
     def _pieces(self, answer: _Answer) -> list[Piece]:
-        if answer.usage is not None and not answer.choices:
-            last, self._last = self._last, None
-            return [_counted(last, answer.usage)] if last is not None else []
+        if answer.usage is not None and len(self._last) == 1 and not answer.choices:
+            [last] = self._last.values()
+            self._last.clear()
+            return [_counted(last, answer.usage)]
         if answer.usage is not None:
             return [_piece(answer, choice) for choice in answer.choices]
         found = []
         for choice in answer.choices:
-            self._chunks += bool(choice.delta.content)
-            piece = _piece(answer, choice)._replace(completion_tokens=self._chunks)
+            self._chunks[choice.index] += bool(choice.delta.content)
+            piece = _piece(answer, choice)._replace(completion_tokens=self._chunks[choice.index])
             if piece.finish_reason is None:
                 found.append(piece)
             else:
-                self._last = piece
+                self._last[choice.index] = piece
         return found
 
 

@@ -22,6 +22,8 @@ from trainer.team import ALONE, Team
 
 MIN_PAIRS = 16
 """Decided votes below which nothing is learnt."""
+BAR_LENGTH = 15
+"""Characters."""
 NARROWINGS = 4
 """Mixtures of the trained weights with live's that the gate is shown where it refuses the trained ones: part of the way back has most
 of what was gained and little of what was lost. Each halves what lies between a share that passed and one that did not."""
@@ -280,19 +282,26 @@ def sample_probes(roles: Roles, sampler: Sampler, prompts: list[list[int]], seed
 
 
 def _show(watch: Watch, method: str, iteration: Iteration, total: int) -> None:
+    done = iteration.number + 1
     watch.say(
-        f"{method} {iteration.number + 1}/{total}  score {iteration.score:+.2f}  "
+        f"{method} {bar(done, total)} {done}/{total}  score {iteration.score:+.2f}  "
         f"judge {iteration.judge:+.2f}±{iteration.judge_error:.2f}  KL {iteration.kl:.2f}  "
         f"length {iteration.length:.1f}  ended {iteration.ended:.0%}{_guard_words(iteration)}"
     )
     before = watch.metrics.get("training", {}).get("iterations", [])[: iteration.number]
     iterations = [*before, asdict(iteration)]
-    progress = {"stage": "training", "done": iteration.number + 1, "total": total}
+    progress = {"stage": "training", "done": done, "total": total}
     watch.note(training={"method": method, "iterations": iterations}, progress=progress)
     numbers = {name: value for name, value in iterations[-1].items() if name not in ("number", "guard")}
     if iteration.guard is not None:
         numbers["guard"] = iteration.guard.num_right / iteration.guard.num_asked
     watch.draw(iteration.number, numbers)
+
+
+def bar(done: int, total: int) -> str:
+    """How much of it is done, for one line: a bar that moves would be lost where the lines of several processes are joined."""
+    filled = BAR_LENGTH * done // total
+    return "━" * filled + "─" * (BAR_LENGTH - filled)
 
 
 def _guard_words(iteration: Iteration) -> str:

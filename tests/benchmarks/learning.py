@@ -49,9 +49,8 @@ def main() -> None:
     print(f"{options.votes} votes{turned}; {NUM_QUESTIONS} questions to each policy\n")
     figures = _cycles(options, starter) if options.cycles else _compare(options, starter)
     asked = {"votes": options.votes, "flip": options.flip}
-    write_results(
-        options.name, asked | {name: [asdict(each) for each in told] for name, told in figures.items()}
-    )
+    told = {name: [asdict(each) for each in several] for name, several in figures.items()}
+    write_results(f"{options.name}-cycles" if options.cycles else options.name, asked | told)
 
 
 def _compare(options: argparse.Namespace, starter: Path) -> dict[str, Sequence[Run | RewardRun]]:
@@ -96,7 +95,7 @@ def _lesson(starter: Path, taste_name: str, seed: int, options: argparse.Namespa
     taste = find_taste(taste_name)
     votes = draw_votes(Roles.load(starter, RANK), taste, options.votes, seed, options.flip)
     with tempfile.TemporaryDirectory() as folder:
-        yield Lesson(starter, votes, taste, seed, Path(folder))
+        yield Lesson(starter, votes, options.flip, taste, seed, Path(folder))
 
 
 def _reward_models(lesson: Lesson, methods: Sequence[str]) -> Iterator[tuple[str, RewardQuality]]:
@@ -129,7 +128,7 @@ def _options() -> argparse.Namespace:
         help="so many cycles of ours in a row, the first on --votes, each later one on 100 more",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--name", default="learning", help="of the file in results/")
+    parser.add_argument("--name", default="learning", help="of the file in results/; of cycles NAME-cycles")
     parser.add_argument(
         "--state",
         type=Path,

@@ -42,7 +42,7 @@ def go_on(lesson: Lesson, taste: str, num_cycles: int) -> Iterator[Step]:
         if cycle > 0:
             live = roles.policy_state()
             if cycle > 1:
-                votes += draw_votes(roles, lesson.taste, NEW_VOTES, lesson.seed + cycle * APART)
+                votes += draw_votes(roles, lesson.taste, NEW_VOTES, lesson.seed + cycle * APART, lesson.flip)
             learnt, remark = learn_ours(replace(lesson, votes=votes), roles, f"cycle-{cycle}", cycle)
             if learnt:
                 after = judge(roles, lesson.taste, lesson.seed, draw=cycle)

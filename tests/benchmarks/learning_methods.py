@@ -44,6 +44,8 @@ class Lesson:
 
     starter: Path
     votes: Sequence[SimulatedVote]
+    flip: float
+    """Share of them that is turned round."""
     taste: Taste
     """For `judge` alone."""
     seed: int

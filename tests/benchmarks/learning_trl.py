@@ -55,7 +55,7 @@ class Job:
 def reward(job: Job, folder: Path) -> None:
     """And the margins that it gives the fresh votes."""
     tokenizer = AutoTokenizer.from_pretrained(job.base)
-    model = AutoModelForSequenceClassification.from_pretrained(job.base, num_labels=1)
+    model = AutoModelForSequenceClassification.from_pretrained(job.base, num_labels=1, dtype=torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
     trainer = RewardTrainer(
         model=model,
@@ -90,7 +90,7 @@ def _scores(model: Any, tokenizer: Any, pairs: list[dict[str, Any]], which: str)
 def dpo(job: Job, folder: Path) -> None:
     """From the votes directly."""
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(job.base),
+        model=AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32),
         args=DPOConfig(**_common(job, folder), learning_rate=job.learning_rate),
         train_dataset=Dataset.from_list(job.pairs),
         processing_class=AutoTokenizer.from_pretrained(job.base),
@@ -102,7 +102,10 @@ def dpo(job: Job, folder: Path) -> None:
 def ppo(job: Job, folder: Path) -> None:
     """Against the reward model, which the value begins as."""
     tokenizer = AutoTokenizer.from_pretrained(job.base, padding_side="left")
-    models = [AutoModelForSequenceClassification.from_pretrained(job.reward, num_labels=1) for _ in range(2)]
+    models = [
+        AutoModelForSequenceClassification.from_pretrained(job.reward, num_labels=1, dtype=torch.float32)
+        for _ in range(2)
+    ]
     prompts = Dataset.from_dict({"input_ids": list(job.prompts)})
     trainer = PPOTrainer(
         args=PPOConfig(
@@ -121,7 +124,7 @@ def ppo(job: Job, folder: Path) -> None:
             num_sample_generations=0,
         ),
         processing_class=tokenizer,
-        model=AutoModelForCausalLM.from_pretrained(job.base),
+        model=AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32),
         ref_model=None,
         reward_model=models[0],
         value_model=models[1],

@@ -2,13 +2,22 @@
 
 import asyncio
 import json
+import math
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
+import aiohttp
 import pytest
 
 from service.beat import Beat
+from service.engine import FEW, Sampling, VllmEngine
 from service.errors import EngineGone, EngineUnavailable
 from service.pieces import Piece, pieces
+from service.policies import BASE
+from tests.service.http_engine import running_http_engine
+
+SAMPLING = Sampling(8, 1.0, 1.0, 0.0, (), None, 0.0, 0.0)
 
 DONE = b"data: [DONE]\n\n"
 
@@ -68,9 +77,9 @@ async def test_a_reply_that_is_counted_after_its_end_ends_with_its_counts() -> N
     )
 
 
-async def test_a_reply_that_is_never_counted_ends_all_the_same() -> None:
-    found, _ = await read(Content(chunk("one"), chunk(" two", "length") + DONE))
-    assert found[-1] == [Piece(0, " two", "length", 0, 2, "m")]
+async def test_replies_that_are_never_counted_end_all_the_same() -> None:
+    found, _ = await read(Content(chunk("one"), chunk(" two", "length") + chunk("a", "stop", reply=1) + DONE))
+    assert found[-1] == [Piece(0, " two", "length", 0, 2, "m"), Piece(1, "a", "stop", 0, 1, "m")]
 
 
 async def test_of_several_replies_each_ends_at_its_own_time() -> None:
@@ -89,11 +98,23 @@ async def test_of_several_replies_each_ends_at_its_own_time() -> None:
     ]
 
 
-async def test_the_first_token_goes_on_by_itself_and_what_follows_waits_for_a_pause() -> None:
-    content = Content(chunk(""), chunk("a") + chunk("b"), chunk("c") + chunk("d"), chunk("", "stop") + DONE)
+async def test_the_first_token_goes_on_by_itself_and_what_has_come_with_it_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.pieces.BEGINNING_SECONDS", math.inf)
+    content = Content(
+        chunk(""), chunk("a") + chunk("b") + chunk("c"), chunk("d") + chunk("e"), chunk("", "stop") + DONE
+    )
     found, pauses = await read(content)
-    assert [[p.text for p in each] for each in found] == [[""], ["a"], ["b"], ["c", "d"], [""]]
-    assert pauses == 2, "after the first token, and after what came with the second read"
+    assert [[p.text for p in each] for each in found] == [[""], ["a"], ["b", "c"], ["d", "e"], [""]]
+    assert pauses == 0
+
+
+async def test_after_its_beginning_a_stream_pauses_between_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.pieces.BEGINNING_SECONDS", -1.0)
+    found, pauses = await read(Content(chunk(""), chunk("a"), chunk("b"), chunk("", "stop") + DONE))
+    assert [p.text for each in found for p in each] == ["", "a", "b", ""]
+    assert pauses == 2, "after each of the tokens, not before the first, nor after the end"
 
 
 @pytest.mark.parametrize(
@@ -112,20 +133,50 @@ async def test_a_stream_that_is_not_whole_is_an_error(content: Content, error: t
         await read(content)
 
 
-async def test_all_who_wait_for_a_beat_go_on_together_and_one_who_leaves_keeps_nobody() -> None:
-    beat, order = Beat(0.05), list[str]()
+async def test_all_who_wait_for_a_beat_go_on_at_the_same_one_and_one_who_leaves_keeps_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    strikes: list[Callable[[], None]] = []
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "call_later", lambda seconds, strike: strikes.append(strike))
+    beat = Beat(0.05)
+    first, leaves, last = (asyncio.create_task(beat.wait()) for _ in range(3))
+    await asyncio.sleep(0)
+    leaves.cancel()
+    await asyncio.sleep(0)
+    assert len(strikes) == 1, "one timer for all"
+    assert not first.done()
+    strikes[0]()
+    await asyncio.gather(first, last)
+    after = asyncio.create_task(beat.wait())
+    await asyncio.sleep(0)
+    assert len(strikes) == 2, "who comes later waits for the next one"
+    strikes[1]()
+    await after
 
-    async def wait(name: str) -> None:
-        await beat.wait()
-        order.append(name)
 
-    async with asyncio.TaskGroup() as waiting:
-        waiting.create_task(wait("first"))
-        leaves = waiting.create_task(wait("leaves"))
-        await asyncio.sleep(0)
-        leaves.cancel()
-        await asyncio.sleep(0.02)
-        assert order == []
-        waiting.create_task(wait("last"))
-    assert order == ["first", "last"]
-    await beat.wait()  # and there is a next one
+@pytest.mark.parametrize(("num_requests", "waits"), [(FEW, False), (FEW + 1, True)])
+async def test_many_requests_share_a_beat_and_few_do_not(
+    monkeypatch: pytest.MonkeyPatch, num_requests: int, waits: bool
+) -> None:
+    waited = 0
+
+    async def wait(_: Beat) -> None:
+        nonlocal waited
+        waited += 1
+
+    monkeypatch.setattr(Beat, "wait", wait)
+    monkeypatch.setattr("service.pieces.BEGINNING_SECONDS", -1.0)
+    deadline = asyncio.get_running_loop().time() + 60
+    with running_http_engine() as served:
+        async with aiohttp.ClientSession() as session, AsyncExitStack() as stack:
+            engine = VllmEngine(served.url, session)
+            streams = [
+                await stack.enter_async_context(
+                    engine.generate(BASE, [], SAMPLING, 1, stream=True, deadline=deadline)
+                )
+                for _ in range(num_requests)
+            ]
+            found = [piece async for each in streams[0] for piece in each]
+    assert "".join(piece.text for piece in found) == "one two"
+    assert bool(waited) == waits

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.gate import JUDGE, Check, Verdict
-from trainer.learning import NARROWINGS, largest_passing
+from trainer.learning import BAR_LENGTH, NARROWINGS, bar, largest_passing
 
 
 def verdict(*failed: str) -> Verdict:
@@ -46,3 +46,9 @@ def test_where_all_of_it_gains_too_little_nothing_else_is_tried() -> None:
 
     assert largest_passing(show) is None
     assert tried == [1.0]
+
+
+def test_the_bar_is_empty_before_and_full_after() -> None:
+    assert bar(0, 7) == "─" * BAR_LENGTH
+    assert bar(7, 7) == "━" * BAR_LENGTH
+    assert [bar(done, 30).count("━") for done in (1, 2, 15, 29)] == [0, 1, 7, 14]
