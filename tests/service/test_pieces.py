@@ -169,6 +169,7 @@ async def test_many_requests_share_a_beat_and_few_do_not(
     monkeypatch.setattr("service.pieces.BEGINNING_SECONDS", -1.0)
     deadline = asyncio.get_running_loop().time() + 60
     with running_http_engine() as served:
+        served.hold("word")  # so that it does not come with the one before
         async with aiohttp.ClientSession() as session, AsyncExitStack() as stack:
             engine = VllmEngine(served.url, session)
             streams = [
@@ -177,6 +178,9 @@ async def test_many_requests_share_a_beat_and_few_do_not(
                 )
                 for _ in range(num_requests)
             ]
-            found = [piece async for each in streams[0] for piece in each]
+            found = []
+            async for each in streams[0]:
+                found += each
+                served.release()
     assert "".join(piece.text for piece in found) == "one two"
     assert bool(waited) == waits
