@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -111,7 +110,7 @@ class _Stream:
         """Whether it has come to its end."""
         self._last: dict[int, Piece] = {}
         """Of each reply that has ended uncounted."""
-        self._chunks: Counter[int] = Counter()
+        self._chunks: dict[int, int] = {}
 
     @property
     def ends(self) -> bool:
@@ -136,11 +135,12 @@ class _Stream:
             self._last.clear()
             return [_counted(last, answer.usage)]
         if answer.usage is not None:
-            return [_piece(answer, choice) for choice in answer.choices]
+            return [_piece(answer, choice, answer.usage) for choice in answer.choices]
         found = []
         for choice in answer.choices:
-            self._chunks[choice.index] += bool(choice.delta.content)
-            piece = _piece(answer, choice)._replace(completion_tokens=self._chunks[choice.index])
+            so_far = self._chunks.get(choice.index, 0) + bool(choice.delta.content)
+            self._chunks[choice.index] = so_far
+            piece = _piece(answer, choice, _Usage(0, so_far))
             if piece.finish_reason is None:
                 found.append(piece)
             else:
@@ -160,7 +160,7 @@ async def read_whole(response: aiohttp.ClientResponse) -> list[Piece]:
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise gone(error) from error
     answer = _read(data)
-    return [_piece(answer, choice) for choice in answer.choices]
+    return [_piece(answer, choice, answer.usage or NO_USAGE) for choice in answer.choices]
 
 
 def gone(error: Exception) -> EngineGone:
@@ -188,11 +188,10 @@ def _read(data: bytes) -> _Answer:
     return answer
 
 
-def _piece(answer: _Answer, choice: _Choice) -> Piece:
+def _piece(answer: _Answer, choice: _Choice, usage: _Usage) -> Piece:
     reason = choice.finish_reason
     if reason is not None and reason not in FINISHED:
         raise EngineUnavailable("The engine stopped before the answer was whole. Try again.")
-    usage = answer.usage or NO_USAGE
     logprobs = bytes(choice.logprobs)
     return Piece(
         choice.index,
