@@ -78,7 +78,8 @@ attempt() {
     return $status
 }
 
-# uv has bars of its own, for the terminal. A program takes this shell's place, so that it is ended by its id. (apt-get goes on to its end, as it should.)
+# uv has bars of its own, for the terminal. A program takes this shell's place, so that it is ended by its id.
+# (apt-get goes on to its end, as it should.)
 start() {
     [ -z "$shown" ] || [ "$1" != "$uv" ] || exec 2>&3
     case $1 in

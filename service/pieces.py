@@ -130,11 +130,10 @@ class _Stream:
         return found + list(self._last.values()) if self.whole else found
 
     def _pieces(self, answer: _Answer) -> list[Piece]:
-        if answer.usage is not None and len(self._last) == 1 and not answer.choices:
-            [last] = self._last.values()
-            self._last.clear()
-            return [_counted(last, answer.usage)]
         if answer.usage is not None:
+            if len(self._last) == 1 and not answer.choices:
+                _, last = self._last.popitem()
+                return [_counted(last, answer.usage)]
             return [_piece(answer, choice, answer.usage) for choice in answer.choices]
         found = []
         for choice in answer.choices:

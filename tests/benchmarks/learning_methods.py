@@ -118,7 +118,7 @@ def best_of(lesson: Lesson) -> tuple[Judged, str]:
 def trl_ppo(lesson: Lesson, kl_coef: float) -> tuple[Judged, str]:
     """TRL's PPO against TRL's reward model: as many replies, in iterations of as many, as ours takes at most.
 
-    Learning rate and epochs are those with which it did best in earlier runs on such votes.
+    It gets a learning rate and epochs that did well with it on like votes: its defaults are for models of billions.
     """
     settings = ppo.PPOSettings()
     roles = Roles.load(lesson.starter, RANK)
@@ -189,9 +189,8 @@ def _read(roles: Roles, votes: Sequence[SimulatedVote]) -> preferences.Preferenc
 
 
 def _learn_by_trl(lesson: Lesson, name: str, **asked: Any) -> Judged:
-    folder = _run_trl(lesson, name, **asked)
-    starter = Roles.load(lesson.starter, RANK)
-    return judge(Roles.load(folder / "model", RANK), lesson.taste, lesson.seed, draw=1, anchor=starter)
+    learnt = Roles.load(_run_trl(lesson, name, **asked) / "model", RANK)
+    return _judge(lesson, learnt, anchor=Roles.load(lesson.starter, RANK))
 
 
 def _run_trl(lesson: Lesson, name: str, **asked: Any) -> Path:
@@ -232,8 +231,8 @@ def as_trl(votes: Sequence[SimulatedVote]) -> list[dict[str, Any]]:
     return rows
 
 
-def _judge(lesson: Lesson, roles: Roles) -> Judged:
-    return judge(roles, lesson.taste, lesson.seed, draw=1)
+def _judge(lesson: Lesson, roles: Roles, anchor: Roles | None = None) -> Judged:
+    return judge(roles, lesson.taste, lesson.seed, draw=1, anchor=anchor)
 
 
 METHODS: dict[str, Callable[[Lesson], tuple[Judged, str]]] = {
