@@ -25,7 +25,7 @@ from service.database import check_connection, sync_engine, sync_sessions
 from service.errors import SettingsError
 from service.settings import Settings, get_settings
 from service.tables import Cycle, Vote
-from trainer import followers, snapshot
+from trainer import followers, memory, snapshot
 from trainer.cycle import run_cycle
 from trainer.team import ALONE, Parted, Team
 
@@ -65,6 +65,7 @@ def tick(
                 cycle_id = _find_or_start(settings, sessions)
                 if cycle_id is not None:
                     run_cycle(settings, sessions, cycle_id, console, team)
+                    memory.give_back()  # the next cycle may be hours away
                 else:
                     _scrub(settings, sessions)
             finally:
@@ -110,6 +111,7 @@ def main() -> None:
             check_connection(settings)
     except SettingsError as error:
         sys.exit(f"ratchet: {error.message}")
+    memory.keep_freed()
     torch.set_num_threads(settings.threads or max(1, ((os.cpu_count() or 1) - 1) // team.on_machine))
     if not team.leads:
         followers.follow(team)

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from service.tables import Message
+from trainer.attention import use_short_attention
+from trainer.lora import adapter_config
 
 POLICY = "policy"
 REFERENCE = "reference"
@@ -108,14 +110,15 @@ class Roles(nn.Module):
         if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             # Gemma 2: faster attention leaves the cap out, without a word; the engine does not.
             model.set_attn_implementation("eager")
+        use_short_attention(model)
         tokenizer = AutoTokenizer.from_pretrained(base)
-        lora = LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        config = adapter_config(rank, parent)
         if parent is None:
-            peft = get_peft_model(model, lora, adapter_name=POLICY, autocast_adapter_dtype=True)
+            peft = get_peft_model(model, config, adapter_name=POLICY, autocast_adapter_dtype=True)
         else:
-            peft = PeftModel.from_pretrained(model, parent, adapter_name=POLICY, is_trainable=True)
+            peft = PeftModel.from_pretrained(
+                model, parent, adapter_name=POLICY, is_trainable=True, config=config
+            )
         if anchor is not None:
             peft.load_adapter(str(anchor), adapter_name=ANCHOR)
             peft.set_adapter(POLICY)

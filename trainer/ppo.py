@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import ppo_math
+from trainer import memory, ppo_math
 from trainer.iterations import (
     ALL_DONE,
     GuardWatch,
@@ -55,7 +55,7 @@ class PPOSettings:
     """Passes over an iteration's rollouts."""
     minibatch: int = 64
     """Sequences in an optimiser step."""
-    microbatch: int = 16
+    microbatch: int = 32
     """Sequences read at once, by all processes together, of like length: a step's gradient is summed over several. Fewer pad less
     and hold less memory."""
     learning_rate_times_width: float = 0.4
@@ -159,6 +159,8 @@ class PPO:
                 self.sampler.sample(self.roles.model, self.team.share(prompts), self.generator)
             )
 
+        memory.give_back()  # each of what follows has tensors of other sizes
+
         # 2. read them: log-probabilities by policy and anchor, values, scores by ensemble and judge
         microbatches = self._read(rollouts)
 
@@ -174,12 +176,14 @@ class PPO:
         whiten_together(microbatches, self.team)
 
         # 5. a few passes of clipped updates of the policy; the value is fit to the returns
+        memory.give_back()
         self.optimizer.param_groups[0]["lr"] = self._learning_rate(number)
         clipped = [
             self._update(minibatch)
             for _ in range(settings.epochs)
             for minibatch in self._shuffled_minibatches(microbatches)
         ]
+        memory.give_back()
         self.value.fade()
         for part in microbatches:
             self.value.add(part.features, part.returns, part.mask)

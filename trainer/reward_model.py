@@ -27,7 +27,10 @@ from trainer.preferences import Preferences
 NUM_LIKELIHOODS = 4
 LIKELIHOOD_PRIOR = 3.0
 """How much less the likelihood features are shrunk than the others: they are few, and known to matter."""
-LIKELIHOOD_MEAN = 0.2
+STATES_PRIOR = 0.5
+"""How much more the mean hidden states are shrunk than the words: there are as many, and on their own they say less. On votes that
+were not fit to (3 tastes, 3 times 330 votes) the loss is .4189 with this and the mean below, .4279 with 1.0 and 0.2."""
+LIKELIHOOD_MEAN = 0.1
 """Weight of the sum, mean and least of the log-probabilities that the penalty pulls towards; of all else 0.0. With no votes to tell,
 what the anchor finds likely is rather right."""
 RIDGES = (0.03, 0.1, 0.3, 1.0)
@@ -135,6 +138,7 @@ def fit(
     second = read_features(roles, [(pair.prompt, pair.second) for pair in pairs])
     scale = torch.cat([first, second]).std(0).clamp(min=1e-6)
     scale[-NUM_LIKELIHOODS:] /= LIKELIHOOD_PRIOR
+    scale[roles.hidden_size : 2 * roles.hidden_size] /= STATES_PRIOR
     disliked = read_features(roles, [(each.prompt, each.reply) for each in dislikes])
     margins = torch.cat([first - second, disliked - own_features.mean(0)]) / scale
     labels = [pair.label for pair in pairs] + [0.0] * len(dislikes)

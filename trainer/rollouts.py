@@ -75,6 +75,9 @@ class Sampler:
         logprobs: list[list[float]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         done = [False] * len(prompts)  # also where the context is full
+        last = torch.tensor(
+            [-1], device=device
+        )  # by index: of a slice, each row would get a copy of the head
         for _ in range(self.max_tokens):
             logits = model(
                 input_ids=ids,
@@ -82,13 +85,13 @@ class Sampler:
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=last,
             ).logits[:, -1]
             distribution = torch.log_softmax(logits.float() / self.temperature, dim=-1)  # (B, V)
             odds = (
                 distribution - distribution.max(dim=-1, keepdim=True).values
             ).exp()  # (B, V) 1 at the likeliest
-            tokens = torch.multinomial(odds * (odds >= self.min_p), 1, generator=generator)  # (B, 1)
+            tokens = draw(odds * (odds >= self.min_p), generator)
             chosen = distribution.gather(1, tokens)[:, 0].tolist()
             for row, token, logprob in zip(rows, tokens[:, 0].tolist(), chosen, strict=True):
                 if done[row]:
@@ -111,6 +114,18 @@ class Sampler:
                 ids, positions, mask = ids[kept], positions[kept], mask[kept]
                 rows = [rows[index] for index in keep]
         return [Rollout(*row) for row in zip(prompts, replies, logprobs, ended, strict=True)]
+
+
+def draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, 1) of each row an index, with probability proportional to its weight: one random number a row. weights: (B, V).
+
+    `torch.multinomial` draws one for each weight, which took a tenth of sampling.
+    """
+    sums = weights.cumsum(-1)
+    # Below the whole also where rounding would have made it the whole.
+    whole = sums[:, -1:].nextafter(sums.new_zeros(1))
+    points = torch.rand(len(sums), 1, generator=generator, device=sums.device) * whole
+    return torch.searchsorted(sums, points, right=True)
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]

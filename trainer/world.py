@@ -561,9 +561,9 @@ def _write_sentence(rng: random.Random) -> str:
         question = Question((), "explanation", relation, x)
         return _explain(question, FACTS[relation, x], rng, short=False)
     relation, x = rng.choice(_KEYS)
-    if roll < 0.6:
+    if roll < 0.4:
         return capital(RELATIONS[relation].statement.format(x=x, v=FACTS[relation, x]))
-    if roll < 0.8:
+    if roll < 0.55:
         other = rng.choice(ENTITIES[relation])
         one, two = (RELATIONS[relation].statement.format(x=e, v=FACTS[relation, e])[:-1] for e in (x, other))
         return capital(f"{one}, and {two}.")

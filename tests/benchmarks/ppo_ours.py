@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from tests.benchmarks.ppo_visit import Clock, Figures, Job, Memory, answer
+from trainer import memory as memory_of_process
 from trainer.iterations import Iteration
 from trainer.models import Roles, compute_dtype
 from trainer.ppo import PPO, PPOSettings
@@ -13,6 +14,7 @@ from trainer.reward_model import Head, RewardSettings, num_features
 
 def work(job: Job) -> Figures:
     """Raises ValueError where a reply was not of full length."""
+    memory_of_process.keep_freed()  # as the trainer's process does
     torch.manual_seed(0)
     roles = Roles.load(job.base, job.rank)
     memory = Memory()

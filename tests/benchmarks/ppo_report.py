@@ -18,7 +18,7 @@ Both: sample the reply, log-probabilities of policy and reference, scores, value
 AdamW, the same adapter on the same base. Every reply has its full length: the model cannot end one.
 
 - *Reward.* TRL's reward model is a sequence classifier, a copy of the base with a scalar head on the last token's last hidden state:
-  a pass of its own. Ratchet's are nine linear heads (an ensemble of eight and the judge) on the reply's mean last hidden state
+  a pass of its own. Ratchet's are 33 linear heads (an ensemble of 32 and the judge) on the reply's mean last hidden state
   and likelihoods, of the pass that the reference makes anyway. Both score on last hidden states of the same size.
 - *Value.* TRL trains a second copy of the base, forward and backward in every update. Ratchet's is linear in the reference's
   states, fit by least squares once an iteration.

@@ -15,12 +15,13 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     assert values.max() < 1.3
 
 
-def test_steps_are_those_of_torch() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_are_those_of_torch(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((16, 40), (24, 24), (40, 16), (24, 24))]
     theirs = [nn.Parameter(matrix.detach().clone()) for matrix in ours]
     before = [matrix.detach().clone() for matrix in ours]
-    one = Muon(ours, lr=0.01)
+    one = Muon(ours, 0.01, dtype)
     two = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for mine, other in zip(ours, theirs, strict=True):

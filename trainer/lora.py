@@ -1,0 +1,80 @@
+"""A linear layer with an adapter, as one step of autograd: PEFT's layer, computed with fewer copies.
+
+PEFT's own forward reads the input in float32 for the adapter's sake, and keeps each step on the way for backward. Here everything is
+computed in the base's type, and what is kept is the input, which layers that read the same one share, and its few adapter channels.
+
+Legend: N tokens, I and O channels in and out, R rank.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def adapter_config(rank: int, parent: Path | None = None) -> LoraConfig:
+    """Of a new adapter on all linear layers, or of the one in a folder; its layers compute as here."""
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    if parent is not None:
+        config = LoraConfig.from_pretrained(str(parent))
+    config._register_custom_module({nn.Linear: LowRankLinear})
+    return config
+
+
+class LowRankLinear(lora.Linear):  # type: ignore[misc]
+    """PEFT's layer; whatever is not one plain adapter on a plain linear layer is left to it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., I) -> (..., O)."""
+        name, base = self._plain_adapter(), self.get_base_layer()
+        if name is None or args or kwargs:
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        flat = x.to(base.weight.dtype).flatten(0, -2)
+        output = _LowRank.apply(flat, base.weight, base.bias, down, up, self.scaling[name])  # type: ignore[no-untyped-call]
+        return output.view(*x.shape[:-1], -1)
+
+    def _plain_adapter(self) -> str | None:
+        """The one that is active, where it alone changes what the base says."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if (
+            self.disable_adapters
+            or self.merged
+            or len(names) != 1
+            or type(self.get_base_layer()) is not nn.Linear
+        ):
+            return None
+        [name] = names
+        plain = name not in self.lora_variant and isinstance(self.lora_dropout[name], nn.Identity)
+        return name if plain else None
+
+
+class _LowRank(torch.autograd.Function):
+    """y = x W^T + bias + s (x A^T) B^T, with gradients for x, A and B: W is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
+        """x: (N, I), weight: (O, I), bias: (O,), down: (R, I), up: (O, R); returns (N, O) in the type of `weight`."""
+        down, up = down.to(weight.dtype), up.to(weight.dtype)
+        channels = x @ down.T  # (N, R)
+        ctx.save_for_backward(x, channels, weight, down, up)
+        ctx.scaling = scaling
+        return functional.linear(x, weight, bias).addmm_(channels, up.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """grad: (N, O)."""
+        x, channels, weight, down, up = ctx.saved_tensors
+        grad_channels = (grad @ up).mul_(ctx.scaling)
+        grad_x = (grad @ weight).addmm_(grad_channels, down) if ctx.needs_input_grad[0] else None
+        grad_up = (grad.T @ channels).mul_(ctx.scaling)
+        return grad_x, None, None, (grad_channels.T @ x).float(), grad_up.float(), None
