@@ -18,6 +18,8 @@ from transformers.masking_utils import sdpa_mask
 NAME = "short_on_cpu"
 MOST_SCORES = 256 * 256
 """Of a sequence and head; from there on PyTorch's kernel is as fast."""
+MOST_IN_ALL = 1 << 26
+"""Of all sequences and heads together: 128 MiB in bfloat16."""
 
 
 def use_short_attention(model: PreTrainedModel) -> None:
@@ -41,7 +43,8 @@ def attend(
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
     causal = options.get("is_causal")
-    if attention_mask is None and query.shape[2] > 1 and (module.is_causal if causal is None else causal):
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if attention_mask is None and causal and query.shape[2] > 1:
         attention_mask = torch.ones(
             query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
         ).tril()
@@ -52,7 +55,8 @@ def attend(
 def _suits(query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:
     """In float32 PyTorch's kernel is as fast but for a single token."""
     num_scores = query.shape[2] * key.shape[2]
-    short = num_scores <= MOST_SCORES and (query.dtype is torch.bfloat16 or query.shape[2] == 1)
+    fits = num_scores <= MOST_SCORES and num_scores * query.shape[0] * query.shape[1] <= MOST_IN_ALL
+    short = fits and (query.dtype is torch.bfloat16 or query.shape[2] == 1)
     unusual = options.get("dropout") or any(
         options.get(name) is not None for name in ("position_bias", "cache")
     )

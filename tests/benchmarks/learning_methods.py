@@ -75,6 +75,7 @@ class Notes:
 
 def ours(lesson: Lesson, method: Method = "ppo") -> tuple[Judged, str]:
     """The trainer's own way, with its defaults."""
+    torch.manual_seed(lesson.seed)  # of a new adapter, as a cycle does
     roles = Roles.load(lesson.starter, RANK)
     learnt, remark = learn_ours(lesson, roles, method, method=method)
     # Where the gate refused it the starter stays live, and is what users meet.

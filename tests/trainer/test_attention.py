@@ -74,19 +74,24 @@ def test_the_scale_is_the_models_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("queries", "dtype", "options"),
+    ("sequences", "queries", "dtype", "options"),
     [
-        (attention.MOST_SCORES, torch.bfloat16, {}),
-        (12, torch.float32, {}),
-        (12, torch.bfloat16, {"position_bias": torch.zeros(1, 4, 12, 12)}),
+        (1, attention.MOST_SCORES, torch.bfloat16, {}),
+        (attention.MOST_IN_ALL // 144 + 1, 12, torch.bfloat16, {}),
+        (1, 12, torch.float32, {}),
+        (1, 12, torch.bfloat16, {"position_bias": torch.zeros(1, 4, 12, 12)}),
     ],
-    ids=["long", "float32", "position bias"],
+    ids=["long", "many", "float32", "position bias"],
 )
 def test_the_rest_is_left_to_pytorch(
-    queries: int, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    sequences: int,
+    queries: int,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *_, **__: ("left to PyTorch", None))
-    query = torch.zeros(1, 1, queries, 1, dtype=dtype)
+    query = torch.zeros(sequences, 1, queries, 1, dtype=dtype)
     key = query[:, :, :12]
     assert attention.attend(nn.Module(), query, key, key, None, **options) == ("left to PyTorch", None)
 
