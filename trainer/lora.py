@@ -18,11 +18,12 @@ from torch.nn import functional
 
 def adapter_config(rank: int, parent: Path | None = None) -> LoraConfig:
     """Of a new adapter on all linear layers, or of the one in a folder; its layers compute as here."""
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
     if parent is not None:
         config = LoraConfig.from_pretrained(str(parent))
+    else:
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     config._register_custom_module({nn.Linear: LowRankLinear})
     return config
 

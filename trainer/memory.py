@@ -4,21 +4,19 @@ By itself it returns large blocks to the system as they are freed, and takes the
 """
 
 import ctypes
-from functools import cache
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8
 """`mallopt`'s names for them (malloc.h)."""
-MOST = 1 << 30
+MOST_KEPT = 1 << 30
 LARGEST_MMAP = 32 << 20
 """The most that glibc takes for it."""
 
 
-@cache
 def keep_freed() -> None:
     """Has freed memory kept for what comes next, by all threads together, until it is given back."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc alone has it
-        for option, value in ((TRIM_THRESHOLD, MOST), (MMAP_THRESHOLD, LARGEST_MMAP), (ARENA_MAX, 1)):
+        for option, value in ((TRIM_THRESHOLD, MOST_KEPT), (MMAP_THRESHOLD, LARGEST_MMAP), (ARENA_MAX, 1)):
             mallopt(option, value)
 
 

@@ -75,9 +75,8 @@ class Sampler:
         logprobs: list[list[float]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         done = [False] * len(prompts)  # also where the context is full
-        last = torch.tensor(
-            [-1], device=device
-        )  # by index: of a slice, each row would get a copy of the head
+        # By index: for a slice, the product with the head copies the head for each row.
+        last = torch.tensor([-1], device=device)
         for _ in range(self.max_tokens):
             logits = model(
                 input_ids=ids,

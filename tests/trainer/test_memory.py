@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 SCRIPT = """
-import sys
 from pathlib import Path
 import torch
 from trainer import memory
