@@ -25,8 +25,9 @@ from service.database import check_connection, sync_engine, sync_sessions
 from service.errors import SettingsError
 from service.settings import Settings, get_settings
 from service.tables import Cycle, Vote
-from trainer import followers, memory, snapshot
+from trainer import followers, snapshot
 from trainer.cycle import run_cycle
+from trainer.passes import memory
 from trainer.team import ALONE, Parted, Team
 
 LOCK = 7_203_001

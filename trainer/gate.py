@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer.guard import Guard
 from trainer.iterations import Guarded
-from trainer.models import POLICY, REFERENCE, Batch, Roles
+from trainer.models import POLICY, REFERENCE, Roles
 from trainer.ppo_math import kl_k3
 from trainer.preferences import Pair
 from trainer.repetition import repeats
@@ -209,7 +209,7 @@ def measure_kl(roles: Roles, rollouts: Sequence[Rollout], anchor: Roles | None =
     ordered = sorted(rollouts, key=lambda rollout: len(rollout.prompt_ids) + len(rollout.reply_ids))
     for start in range(0, len(ordered), 64):
         sequences = [(rollout.prompt_ids, rollout.reply_ids) for rollout in ordered[start : start + 64]]
-        batch = Batch.collate(sequences, roles.pad_id, roles.device)
+        batch = roles.batch(sequences)
         kl = kl_k3(roles.logprobs(batch), (anchor or roles).read(batch).logprobs)
         total += (kl * batch.reply_mask).sum().item()
     return total / len(rollouts)
@@ -323,7 +323,7 @@ def _preference(roles: Roles, pairs: Sequence[Pair]) -> Tensor:
         parts = []
         for start in range(0, len(pairs), 64):
             sequences = [(pair.prompt, choose(pair)) for pair in pairs[start : start + 64]]
-            parts.append(roles.logprobs(Batch.collate(sequences, roles.pad_id, roles.device)).sum(1))
+            parts.append(roles.logprobs(roles.batch(sequences)).sum(1))
         return torch.cat(parts) if parts else torch.zeros(0)
 
     chosen = total(lambda pair: pair.first if pair.label > 0.5 else pair.second)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer import ppo_math
 from trainer.iterations import Iteration
-from trainer.models import Batch, Roles
+from trainer.models import Roles
 from trainer.ppo import Microbatch, PPOSettings, disagreement, pessimistic
 from trainer.repetition import repeats
 from trainer.reward_model import Head, reward_features
@@ -66,7 +66,7 @@ def _read(
     roles: Roles, ensemble: Head, judge: Head, rollouts: Sequence[Rollout], scoring: PPOSettings
 ) -> Microbatch:
     """A microbatch as PPO's, but for what only its update needs, which stays empty."""
-    batch = Batch.collate([(r.prompt_ids, r.reply_ids) for r in rollouts], roles.pad_id, roles.device)
+    batch = roles.batch([(r.prompt_ids, r.reply_ids) for r in rollouts])
     reading = roles.read(batch, scoring.temperature)
     reward = reward_features(reading, batch.reply_mask)
     repeated = [float(repeats(roles.decode(rollout.reply_ids))) for rollout in rollouts]

@@ -19,12 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from service.tables import Message
-from trainer.attention import use_short_attention
-from trainer.lora import adapter_config
+from trainer.passes.attention import use_short_attention
+from trainer.passes.last_layer import last_layer_at
+from trainer.passes.lora import adapter_config
+from trainer.passes.norm import use_one_step_norms
+from trainer.passes.shapes import LENGTH, choose_places, round_up
 
 POLICY = "policy"
 REFERENCE = "reference"
@@ -42,10 +46,12 @@ class Batch:
     """[B, L] 1.0 at the reply's tokens (its end token included), 0.0 at prompt and padding."""
 
     @staticmethod
-    def collate(pairs: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device) -> "Batch":
-        """Of (prompt ids, reply ids)."""
+    def collate(
+        pairs: Sequence[tuple[list[int], list[int]]], pad_id: int, device: torch.device, least: int = 0
+    ) -> "Batch":
+        """Of (prompt ids, reply ids). least: L is this at least."""
         lengths = [len(prompt) + len(reply) for prompt, reply in pairs]
-        longest = max(lengths)
+        longest = max(least, *lengths)
         ids = [p + r + [pad_id] * (longest - n) for (p, r), n in zip(pairs, lengths, strict=True)]
         mask = [
             [0.0] * len(p) + [1.0] * len(r) + [0.0] * (longest - n)
@@ -111,6 +117,7 @@ class Roles(nn.Module):
             # Gemma 2: faster attention leaves the cap out, without a word; the engine does not.
             model.set_attn_implementation("eager")
         use_short_attention(model)
+        use_one_step_norms(model)
         tokenizer = AutoTokenizer.from_pretrained(base)
         config = adapter_config(rank, parent)
         if parent is None:
@@ -182,6 +189,12 @@ class Roles(nn.Module):
         """A finished reply: its tokens and the end token."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids, self.reply_end_id]
+
+    def batch(self, sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:
+        """Of (prompt ids, reply ids), padded to a round length where the context has room for it."""
+        longest = max(len(prompt) + len(reply) for prompt, reply in sequences)
+        least = min(round_up(longest, LENGTH), self.context_tokens)
+        return Batch.collate(sequences, self.pad_id, self.device, least)
 
     def decode(self, reply_ids: list[int]) -> str:
         """A reply as text, without its end token."""
@@ -256,18 +269,50 @@ class Roles(nn.Module):
         its output embeddings all states but those that the reply's tokens were chosen from are taken away.
         """
         model = self.model.get_base_model()
-        at_reply = batch.reply_mask[:, 1:].bool()
+        at_reply = functional.pad(
+            batch.reply_mask[:, 1:], (0, 1)
+        ).bool()  # [B, L] what the next token is read from
+        read_from = choose_places(at_reply)
         all_states: list[Tensor] = []
 
         def keep_reply(_: nn.Module, __: tuple[Any, ...], output: ModelOutput) -> ModelOutput:
             all_states.append(output.last_hidden_state)
-            output.last_hidden_state = output.last_hidden_state[:, :-1][at_reply][None]  # (1, tokens, H)
+            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[read_from][
+                None
+            ]  # (1, tokens, H)
             return output
 
-        with model.base_model.register_forward_hook(keep_reply):
+        needed = choose_places(at_reply | batch.reply_mask.bool())
+        with (
+            last_layer_at(model.base_model, needed, batch.ids.shape),
+            model.base_model.register_forward_hook(keep_reply),
+        ):
             logits = model(input_ids=batch.ids, use_cache=False).logits[0]  # (tokens, V)
-        targets = batch.ids[:, 1:][at_reply]
-        flat = -nn.functional.cross_entropy(logits.float() / temperature, targets, reduction="none")
-        result = torch.zeros(batch.ids.shape, device=flat.device)
-        result[:, 1:][at_reply] = flat
-        return all_states[0], result
+        next_ids = batch.ids.roll(-1, 1).flatten()
+        flat = _TokenLogprobs.apply(logits, next_ids[read_from], temperature)  # type: ignore[no-untyped-call]
+        result = (
+            flat.new_zeros(batch.ids.shape).flatten().index_copy(0, read_from, flat).view(batch.ids.shape)
+        )
+        return all_states[0], result.roll(1, 1) * batch.reply_mask
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature) at one token a row, in float32. What backward keeps is the softmax's size once, not thrice."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """logits: (N, V), targets: (N,); returns (N,)."""
+        if temperature != 1.0:
+            logits = logits / temperature
+        logprobs = logits.log_softmax(-1, dtype=torch.float32)
+        ctx.save_for_backward(logprobs, targets)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return logprobs.gather(-1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logprobs, targets = ctx.saved_tensors
+        share = grad[:, None] / ctx.temperature
+        grad_logits = logprobs.exp().mul_(-share)
+        grad_logits.scatter_add_(-1, targets[:, None], share)
+        return grad_logits.to(ctx.dtype), None, None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer import memory, ppo_math
+from trainer import ppo_math
 from trainer.iterations import (
     ALL_DONE,
     GuardWatch,
@@ -34,6 +34,7 @@ from trainer.iterations import (
     save,
 )
 from trainer.models import POLICY, Batch, Roles
+from trainer.passes import memory
 from trainer.repetition import repeats
 from trainer.reward_model import Head, reward_features
 from trainer.rollouts import Rollout, Sampler
@@ -146,6 +147,7 @@ class PPO:
             lr=self.learning_rate,
             weight_decay=0.0,
             betas=(0.9, 0.95),
+            fused=True,
         )
 
     def iterate(self, number: int) -> Iteration:
@@ -239,7 +241,7 @@ class PPO:
     def _read_microbatch(self, rollouts: Sequence[Rollout]) -> Microbatch:
         roles = self.roles
         sequences = [(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts]
-        batch = Batch.collate(sequences, roles.pad_id, roles.device)
+        batch = roles.batch(sequences)
         reading = roles.read(batch, self.settings.temperature)
         reward = reward_features(reading, batch.reply_mask)
         features = value_features(reading, batch.reply_mask)

@@ -33,7 +33,7 @@ from trainer.iterations import (
     objection,
 )
 from trainer.measuring import measure
-from trainer.models import POLICY, Batch, Roles
+from trainer.models import POLICY, Roles
 from trainer.ppo import PPOSettings
 from trainer.preferences import Pair
 from trainer.reward_model import Head
@@ -170,7 +170,7 @@ def _reference_logprobs(
     """[N] log-probability of each whole reply by the anchor."""
     found: list[float] = []
     for start in range(0, len(sequences), batch_size):
-        batch = Batch.collate(sequences[start : start + batch_size], roles.pad_id, roles.device)
+        batch = roles.batch(sequences[start : start + batch_size])
         found += roles.read(batch).logprobs.sum(1).tolist()
     return found
 

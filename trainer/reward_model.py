@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.models import Batch, Reading, Roles
+from trainer.models import Reading, Roles
 from trainer.preferences import Preferences
 
 NUM_LIKELIHOODS = 4
@@ -105,7 +105,7 @@ def read_features(
     rows: list[Tensor] = []
     for start in range(0, len(order), batch_size):
         chosen = [sequences[index] for index in order[start : start + batch_size]]
-        batch = Batch.collate(chosen, roles.pad_id, roles.device)
+        batch = roles.batch(chosen)
         rows.append(reward_features(roles.read(batch), batch.reply_mask))
     features = torch.cat(rows)
     return torch.empty_like(features).index_copy_(0, torch.tensor(order, device=features.device), features)

@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from trainer.passes.packing import packed
+from trainer.passes.shapes import LENGTH, ROWS, round_up
+
 SHRINK = 0.9
 """Share of rows still under way at which the others are dropped: dropping copies the cache, keeping them computes for nothing."""
 
@@ -55,10 +58,11 @@ class Sampler:
         """One reply to each prompt, in the order given. Prompts of like length are batched, so that padding is little."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         rollouts: dict[int, Rollout] = {}
-        for start in range(0, len(order), self.batch_size):
-            indices = order[start : start + self.batch_size]
-            batch = self._sample_batch(model, [prompts[index] for index in indices], generator)
-            rollouts |= dict(zip(indices, batch, strict=True))
+        with packed(model):
+            for start in range(0, len(order), self.batch_size):
+                indices = order[start : start + self.batch_size]
+                batch = self._sample_batch(model, [prompts[index] for index in indices], generator)
+                rollouts |= dict(zip(indices, batch, strict=True))
         return [rollouts[index] for index in range(len(prompts))]
 
     def _sample_batch(
@@ -107,7 +111,9 @@ class Sampler:
                 (positions[:, -1:] + 1).clamp(max=self.context_tokens - 1),
                 seen + 1,
             )
-            if len(keep) <= SHRINK * len(rows):
+            num_kept = round_up(len(keep), ROWS)
+            if num_kept <= SHRINK * len(rows):
+                keep += [index for index, row in enumerate(rows) if done[row]][: num_kept - len(keep)]
                 kept = torch.tensor(keep, device=device)
                 cache.batch_select_indices(kept)
                 ids, positions, mask = ids[kept], positions[kept], mask[kept]
@@ -171,7 +177,7 @@ def _make_cache(model: PreTrainedModel, room: int) -> DynamicCache:
 
 def pad_left(sequences: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both (B, P), with the padding on the left."""
-    longest = max(len(sequence) for sequence in sequences)
+    longest = round_up(max(len(sequence) for sequence in sequences), LENGTH)
     ids = [[pad_id] * (longest - len(sequence)) + sequence for sequence in sequences]
     mask = [[0] * (longest - len(sequence)) + [1] * len(sequence) for sequence in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from trainer.iterations import checkpoint_path
-from trainer.models import Batch, Roles
+from trainer.models import Roles
 from trainer.preferences import Demonstrated
 from trainer.trl_trainers import SFT, Schedule, SFTConfig, keep_checkpoint, lend
 
@@ -124,7 +124,7 @@ def measure_logprobs(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         sequences = [(demonstrations[index].prompt, demonstrations[index].reply) for index in indices]
-        batch = Batch.collate(sequences, roles.pad_id, roles.device)
+        batch = roles.batch(sequences)
         found[indices] = roles.logprobs(batch).sum(1).double().cpu()
     return found
 

@@ -30,9 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from trainer import world
-from trainer.attention import use_short_attention
 from trainer.models import compute_dtype
 from trainer.muon import Muon
+from trainer.passes.attention import use_short_attention
 from trainer.rollouts import Sampler
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.tiny_model import make_family
-from trainer import attention
 from trainer.models import Roles
+from trainer.passes import attention
 
 
 def draw(heads: int, queries: int, keys: int, dtype: torch.dtype) -> list[Tensor]:

@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tests.tiny_model import make_family
-from trainer.lora import LowRankLinear, adapter_config
 from trainer.models import Roles
+from trainer.passes.lora import LowRankLinear, adapter_config
 from trainer.publish import save_adapter
 
 

@@ -6,7 +6,7 @@ import sys
 SCRIPT = """
 from pathlib import Path
 import torch
-from trainer import memory
+from trainer.passes import memory
 
 def resident() -> int:
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]

@@ -86,7 +86,7 @@ def test_the_samplers_logprobs_are_the_trainers(family: str, tmp_path: Path) -> 
     one_in_eight = tuple(range(0, 280, 8))
     with roles.acting_as(POLICY):
         rollouts = Sampler(one_in_eight, max_tokens=12).sample(
-            roles.model, prompts_of(roles) * 8, torch.Generator().manual_seed(0)
+            roles.model, prompts_of(roles) * 32, torch.Generator().manual_seed(0)
         )
     lengths = {len(rollout.reply_ids) for rollout in rollouts}
     assert len(lengths) > 3, "rows leave the batch at different times"
@@ -130,3 +130,17 @@ def test_a_reply_is_cut_off_where_the_models_context_ends(family: str, tmp_path:
         rollouts = sampler.sample(roles.model, prompts, torch.Generator().manual_seed(0))
     assert [len(rollout.reply_ids) for rollout in rollouts] == [2, 5, 12]
     assert not any(rollout.ended for rollout in rollouts)
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_gradients_are_those_of_cross_entropy(family: str, temperature: float, tmp_path: Path) -> None:
+    roles = load_trained(make_family(tmp_path, family))
+    prompt, reply = prompts_of(roles)[0], roles.reply_ids("a lemon is yellow")
+    roles.logprobs(roles.batch([(prompt, reply)]), temperature).sum().backward()  # type: ignore[no-untyped-call]
+    found = [weights.grad.clone() for weights in roles.policy_parameters() if weights.grad is not None]
+    roles.zero_grad()
+    logits = roles.model(input_ids=torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
+    (-nn.functional.cross_entropy(logits / temperature, torch.tensor(reply), reduction="sum")).backward()
+    wanted = [weights.grad for weights in roles.policy_parameters()]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)

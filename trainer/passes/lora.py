@@ -42,6 +42,19 @@ class LowRankLinear(lora.Linear):  # type: ignore[misc]
         output = _LowRank.apply(flat, base.weight, base.bias, down, up, self.scaling[name])  # type: ignore[no-untyped-call]
         return output.view(*x.shape[:-1], -1)
 
+    def merged_weight(self) -> Tensor | None:
+        """(O, I) the base's weights with what the adapter adds to them; None where more than that is computed."""
+        base = self.get_base_layer()
+        if type(base) is not nn.Linear or self.merged:
+            return None
+        if self.disable_adapters:
+            return base.weight
+        name = self._plain_adapter()
+        if name is None:
+            return None
+        down, up = self.lora_A[name].weight, self.lora_B[name].weight
+        return torch.addmm(base.weight.float(), up, down, alpha=self.scaling[name]).to(base.weight.dtype)
+
     def _plain_adapter(self) -> str | None:
         """The one that is active, where it alone changes what the base says."""
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -77,5 +90,5 @@ class _LowRank(torch.autograd.Function):
         x, channels, weight, down, up = ctx.saved_tensors
         grad_channels = (grad @ up).mul_(ctx.scaling)
         grad_x = (grad @ weight).addmm_(grad_channels, down) if ctx.needs_input_grad[0] else None
-        grad_up = (grad.T @ channels).mul_(ctx.scaling)
+        grad_up = (channels.T @ grad).mul_(ctx.scaling).T
         return grad_x, None, None, (grad_channels.T @ x).float(), grad_up.float(), None

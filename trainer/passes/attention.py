@@ -68,11 +68,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # several heads ask the same keys
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    # A single token asks: keys times query, since this product copies what it is given transposed.
-    scores = (key @ query.mT).mT if query.shape[2] == 1 else query @ key.mT
+    # A single token asks: not by a matrix product, which copies keys out of a larger cache, and has a kernel for each length.
+    one = query.shape[2] == 1
+    scores = (key * query).sum(-1)[:, :, None] if one else query @ key.mT
     if mask is not None and mask.dtype is torch.bool:
         # Not minus infinity: a row of padding sees nothing at all.
         scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    return scores.softmax(-1) @ value
+    weights = scores.softmax(-1)
+    return (weights.mT * value).sum(2, keepdim=True) if one else weights @ value
