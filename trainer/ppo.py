@@ -161,8 +161,6 @@ class PPO:
                 self.sampler.sample(self.roles.model, self.team.share(prompts), self.generator)
             )
 
-        memory.give_back()  # each of what follows has tensors of other sizes
-
         # 2. read them: log-probabilities by policy and anchor, values, scores by ensemble and judge
         microbatches = self._read(rollouts)
 
@@ -178,14 +176,13 @@ class PPO:
         whiten_together(microbatches, self.team)
 
         # 5. a few passes of clipped updates of the policy; the value is fit to the returns
-        memory.give_back()
+        memory.give_back()  # updates need the most, and tensors of other sizes
         self.optimizer.param_groups[0]["lr"] = self._learning_rate(number)
         clipped = [
             self._update(minibatch)
             for _ in range(settings.epochs)
             for minibatch in self._shuffled_minibatches(microbatches)
         ]
-        memory.give_back()
         self.value.fade()
         for part in microbatches:
             self.value.add(part.features, part.returns, part.mask)

@@ -81,12 +81,14 @@ class Value:
     def add(self, features: Tensor, returns: Tensor, mask: Tensor) -> None:
         """Adds the data of a batch. features: (B, L, G), returns, mask: (B, L)."""
         real = mask.bool()
-        rows = (features[real] / self.scale).double()
-        self.moment += rows.T @ rows
-        self.target += rows.T @ returns[real].double()
+        rows = features[real] / self.scale
+        self.moment += (rows.T @ rows).double()
+        self.target += rows.double().T @ returns[real].double()
 
     def fit(self) -> None:
         """Weights from all data that any process has added so far."""
         self.moment, self.target = self.team.sum(self.moment), self.team.sum(self.target)
-        eye = torch.eye(len(self.start), dtype=torch.float64, device=self.start.device)
-        self.weight = torch.linalg.solve(self.moment + RIDGE * eye, self.target + RIDGE * self.start)
+        ridged = self.moment.clone()
+        ridged.diagonal().add_(RIDGE)
+        root = torch.linalg.cholesky(ridged)
+        self.weight = torch.cholesky_solve((self.target + RIDGE * self.start)[:, None], root)[:, 0]

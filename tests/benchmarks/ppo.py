@@ -99,7 +99,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="visits to each contestant with each model")
     parser.add_argument("--size", choices=("all", *(size.name.split()[0] for size in SIZES)), default="all")
     parser.add_argument("--samples", type=int, help="of an iteration; by default what the size says")
-    parser.add_argument("--iterations", type=int, default=3, help="measured in a visit, after one to warm up: their median")
+    parser.add_argument(
+        "--iterations", type=int, default=3, help="measured in a visit, after one to warm up: their median"
+    )
     parser.add_argument("--epochs", type=int, default=3, help="passes over an iteration's samples")
     parser.add_argument("--reply-tokens", type=int, default=40, help="of every reply")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter")
