@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from trainer.features import read_features
 from trainer.guard import Guard
 from trainer.iterations import Guarded
 from trainer.models import POLICY, REFERENCE, Roles
 from trainer.ppo_math import kl_k3
 from trainer.preferences import Pair
 from trainer.repetition import repeats
-from trainer.reward_model import Head, read_features
+from trainer.reward_model import Head
 from trainer.rollouts import Rollout, Sampler
 
 NUM_SHOWN = 10

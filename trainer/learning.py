@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer import followers, gate, ppo, preference_methods, reward_model, reward_quality, sft
+from trainer.features import read_features
 from trainer.guard import Guard
 from trainer.iterations import GuardWatch, Iteration, Outcome, checkpoint_path, load_average, mix
 from trainer.models import POLICY, REFERENCE, Roles
@@ -271,7 +272,7 @@ def anchor_features(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]]
     drawn = [prompts[index % len(prompts)] for index in range(gate.NUM_ANSWERS)]
     with roles.acting_as(REFERENCE):
         rollouts = sampler.sample(roles.model, drawn, generator)
-    return reward_model.read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
+    return read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
 
 
 def sample_probes(roles: Roles, sampler: Sampler, prompts: list[list[int]], seed: int) -> list[Rollout]:

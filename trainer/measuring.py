@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from trainer import ppo_math
+from trainer.features import reward_features
 from trainer.iterations import Iteration
 from trainer.models import Roles
 from trainer.ppo import Microbatch, PPOSettings, disagreement, pessimistic
 from trainer.repetition import repeats
-from trainer.reward_model import Head, reward_features
+from trainer.reward_model import Head
 from trainer.rollouts import Rollout
 
 

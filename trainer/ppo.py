@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trainer import ppo_math
+from trainer.features import reward_features, value_features
 from trainer.iterations import (
     ALL_DONE,
     GuardWatch,
@@ -36,10 +37,10 @@ from trainer.iterations import (
 from trainer.models import POLICY, Batch, Roles
 from trainer.passes import memory
 from trainer.repetition import repeats
-from trainer.reward_model import Head, reward_features
+from trainer.reward_model import Head
 from trainer.rollouts import Rollout, Sampler
 from trainer.team import ALONE, Team
-from trainer.value import Value, value_features
+from trainer.value import Value
 
 SEEDS_APART = 1_000_003
 """Between the seeds that two processes sample with, so that none is another cycle's."""

@@ -1,14 +1,12 @@
 """Reward models: the policy's architecture with a scalar head, fit to votes with -log sigmoid(r_chosen - r_rejected).
 
-The head reads the anchor: over the reply, the sum of its input embeddings (which words are there; by their mean a reply would be best
-that leaves all else out), the mean of its last hidden states (what is said with them), and how likely it found the reply (a right
-answer is a likely one, also to a model that often says the wrong one). The anchor's weights stay as they are, so fitting is convex,
-takes a second, and is the same every time; a few hundred votes cannot do better by bending features.
+The head reads what the anchor makes of a reply (`features.py`). The anchor's weights stay as they are, so fitting is convex, takes a
+second, and is the same every time; a few hundred votes cannot do better by bending features.
 
 Heads come as an ensemble, each fit on a bootstrap of the training votes, so that their disagreement says where they guess; and as
 a judge, fit on held-out votes that the ensemble never sees. Sources: arXiv:2203.02155 (eq. 1), arXiv:2310.02743 (ensembles).
 
-Legend: B sequences, L tokens, H hidden size, F = 2 H + 4 features, N comparisons (pairs, and disliked replies against the anchor's
+Legend: B sequences, L tokens, F features, N comparisons (pairs, and disliked replies against the anchor's
 average one), K heads.
 """
 
@@ -21,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.models import Reading, Roles
+from trainer.features import NUM_LIKELIHOODS, read_features
+from trainer.models import Roles
 from trainer.preferences import Preferences
 
-NUM_LIKELIHOODS = 4
 LIKELIHOOD_PRIOR = 3.0
 """How much less the likelihood features are shrunk than the others: they are few, and known to matter."""
 STATES_PRIOR = 0.5
@@ -74,41 +72,6 @@ class Head:
         """[N] that the first is preferred, by the heads' mean. first, second: (N, F)."""
         margin = ((first - second) / self.scale) @ self.weight
         return torch.sigmoid(self.sharpness * margin.mean(1))
-
-
-def num_features(hidden_size: int) -> int:
-    """F."""
-    return 2 * hidden_size + NUM_LIKELIHOODS
-
-
-def reward_features(reading: Reading, mask: Tensor) -> Tensor:
-    """[B, F]: sum of embeddings and mean hidden state over the reply; sum, mean and least of its log-probabilities; its length.
-
-    mask: (B, L).
-    """
-    length = mask.sum(1, keepdim=True).clamp(min=1)
-    words = (reading.words * mask[..., None]).sum(1)
-    states = (reading.states * mask[..., None]).sum(1) / length
-    total = reading.logprobs.sum(1, keepdim=True)
-    least = reading.logprobs.min(1, keepdim=True).values
-    return torch.cat([words, states, total, total / length, least, length], dim=1)
-
-
-@torch.no_grad()
-def read_features(
-    roles: Roles, sequences: Sequence[tuple[list[int], list[int]]], batch_size: int = 128
-) -> Tensor:
-    """[N, F] of (prompt ids, reply ids), in the order given; batched by length."""
-    if not sequences:
-        return torch.zeros(0, num_features(roles.hidden_size), device=roles.device)
-    order = sorted(range(len(sequences)), key=lambda index: sum(map(len, sequences[index])))
-    rows: list[Tensor] = []
-    for start in range(0, len(order), batch_size):
-        chosen = [sequences[index] for index in order[start : start + batch_size]]
-        batch = roles.batch(chosen)
-        rows.append(reward_features(roles.read(batch), batch.reply_mask))
-    features = torch.cat(rows)
-    return torch.empty_like(features).index_copy_(0, torch.tensor(order, device=features.device), features)
 
 
 def pair_loss(margin: Tensor, label: Tensor, weight: Tensor | None = None) -> Tensor:

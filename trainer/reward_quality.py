@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from service.intervals import wilson
+from trainer.features import read_features
 from trainer.models import Roles
 from trainer.preferences import Pair
-from trainer.reward_model import Head, read_features
+from trainer.reward_model import Head
 
 NUM_BINS = 10
 

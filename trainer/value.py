@@ -9,7 +9,6 @@ Legend: B sequences, L tokens, H hidden size, F reward features, G = F + H + 1 v
 import torch
 from torch import Tensor
 
-from trainer.models import Reading
 from trainer.reward_model import Head
 from trainer.team import ALONE, Team
 
@@ -17,28 +16,6 @@ FORGETTING = 0.6
 """Weight of an iteration's data one iteration later."""
 RIDGE = 20.0
 """Pull towards the reward model's weights, in tokens' worth of data."""
-
-
-def value_features(reading: Reading, mask: Tensor) -> Tensor:
-    """[B, L, G]: at token i, `reward_features` of the reply's tokens before i, the hidden state at i - 1, and 1.0."""
-    words, states = reading.words * mask[..., None], reading.states * mask[..., None]
-    count = mask.cumsum(1)
-    total = reading.logprobs.cumsum(1)
-    divisor = count.clamp(min=1)
-    so_far = torch.cat(
-        [
-            words.cumsum(1),
-            states.cumsum(1) / divisor[..., None],
-            total[..., None],
-            (total / divisor)[..., None],
-            reading.logprobs.cummin(1).values[..., None],
-            count[..., None],
-            reading.states,
-            torch.ones_like(count)[..., None],
-        ],
-        dim=2,
-    )
-    return torch.nn.functional.pad(so_far[:, :-1], (0, 0, 1, 0))
 
 
 class Value:

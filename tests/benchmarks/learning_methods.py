@@ -23,6 +23,7 @@ from tests.benchmarks.learning_users import (
     sample_anchor,
 )
 from trainer import ppo, preferences, reward_model, reward_quality
+from trainer.features import read_features
 from trainer.guard import load_guards
 from trainer.learning import Method, Recipe, Refused, anchor_features, learn
 from trainer.models import Roles
@@ -107,7 +108,7 @@ def best_of(lesson: Lesson) -> tuple[Judged, str]:
     questions = draw_evaluation(NUM_QUESTIONS, lesson.seed)
     prompts = [roles.prompt_ids(question.messages) for question in questions for _ in range(BEST_OF)]
     rollouts = sample_anchor(roles, prompts, lesson.seed + 1)
-    features = reward_model.read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
+    features = read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
     scores = ensemble(features)
     pessimistic = scores.mean(1) - ppo.PPOSettings().disagreement * scores.std(1)
     best = pessimistic.view(-1, BEST_OF).argmax(1).tolist()

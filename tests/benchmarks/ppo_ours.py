@@ -5,11 +5,12 @@ from dataclasses import replace
 import torch
 
 from tests.benchmarks.ppo_visit import Clock, Figures, Job, Memory, answer
+from trainer.features import num_features
 from trainer.iterations import Iteration
 from trainer.models import Roles, compute_dtype
 from trainer.passes import memory as memory_of_process
 from trainer.ppo import PPO, PPOSettings
-from trainer.reward_model import Head, RewardSettings, num_features
+from trainer.reward_model import Head, RewardSettings
 
 
 def work(job: Job) -> Figures:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny_model import make_model
-from trainer import reward_model
+from trainer.features import read_features
 from trainer.measuring import measure
 from trainer.models import POLICY, Roles
 from trainer.ppo import PPO, PPOSettings
@@ -28,7 +28,7 @@ def roles(tmp_path: Path) -> Roles:
 
 
 def test_the_numbers_are_ppos(roles: Roles) -> None:
-    num_features = reward_model.read_features(roles, [([5], [40, 1])]).shape[1]
+    num_features = read_features(roles, [([5], [40, 1])]).shape[1]
     weight = torch.randn(num_features, 3, generator=torch.Generator().manual_seed(0))
     head = Head(torch.ones(num_features), weight, torch.zeros(3), torch.ones(3))
     prompts = [[5, 6, 7 + number] for number in range(10)]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.tiny_model import make_model
-from trainer import preference_methods, reward_model
+from trainer import preference_methods
+from trainer.features import read_features
 from trainer.iterations import Iteration, NonFinite, Outcome, checkpoint_path
 from trainer.models import Batch, Roles
 from trainer.ppo import PPOSettings
@@ -50,7 +51,7 @@ def roles(base: Path) -> Roles:
 
 
 def start(roles: Roles, method: Literal["dpo", "orpo"], pairs: list[Pair] = PAIRS) -> PreferenceRun:
-    num_features = reward_model.read_features(roles, [([5], [40, 1])]).shape[1]
+    num_features = read_features(roles, [([5], [40, 1])]).shape[1]
     head = Head(torch.ones(num_features), torch.ones(num_features, 2), torch.zeros(2), torch.ones(2))
     prompts = [pair.prompt for pair in PAIRS]
     settings = replace(SETTINGS, method=method)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.tiny_model import make_model
 from trainer import reward_model, reward_quality
+from trainer.features import read_features
 from trainer.models import Roles
 from trainer.preferences import Dislike, Pair, Preferences, Source
 from trainer.reward_model import RewardSettings
@@ -53,7 +54,7 @@ def own(roles: Roles, prompts: list[list[int]]) -> Tensor:
     """Features of what stands for the anchor's usual replies."""
     texts = ["yes yes", "no", "yes no no no"]
     sequences = [(prompt, roles.reply_ids(texts[n % 3])) for n, prompt in enumerate(prompts)]
-    return reward_model.read_features(roles, sequences)
+    return read_features(roles, sequences)
 
 
 def yes_over_no(roles: Roles, prompts: list[list[int]]) -> Preferences:
@@ -87,7 +88,7 @@ def test_a_reply_that_was_called_bad_scores_low(roles: Roles, prompts: list[list
     dislikes = [Dislike(prompt, bad, Source(f"bad {n}")) for n, prompt in enumerate(prompts)]
     both = Preferences(preferences.pairs, dislikes)
     head = reward_model.fit(roles, both, own, RewardSettings(), members=1, seed=1)
-    features = reward_model.read_features(roles, [(prompt, bad) for prompt in prompts])
+    features = read_features(roles, [(prompt, bad) for prompt in prompts])
     assert head(features).mean() < head(own).mean() - 0.3
 
 
@@ -106,6 +107,6 @@ def test_what_the_score_owes_to_length_can_be_taken_out(
 def test_features_do_not_depend_on_the_batch(roles: Roles) -> None:
     prompt = roles.prompt_ids([{"role": "user", "content": "hello"}])
     sequences = [(prompt, roles.reply_ids("a b c d e f")), (prompt, roles.reply_ids("a"))]
-    together = reward_model.read_features(roles, sequences)
-    alone = torch.cat([reward_model.read_features(roles, [sequence]) for sequence in sequences])
+    together = read_features(roles, sequences)
+    alone = torch.cat([read_features(roles, [sequence]) for sequence in sequences])
     torch.testing.assert_close(together, alone, atol=2e-2, rtol=2e-2)

@@ -7,9 +7,10 @@ import torch
 
 from tests.tiny_model import make_model
 from trainer import reward_quality
+from trainer.features import num_features
 from trainer.models import Roles
 from trainer.preferences import Pair, Source
-from trainer.reward_model import Head, num_features
+from trainer.reward_model import Head
 
 
 def test_a_model_of_length_alone_by_hand(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from trainer import reward_model
+from trainer.features import read_features
 from trainer.models import Roles
 from trainer.ppo import PPO, PPOSettings
 from trainer.reward_model import Head
@@ -14,9 +14,7 @@ SETTINGS = PPOSettings(iterations=14, rollouts=64, minibatch=16, max_tokens=8, k
 def start(roles: Roles, settings: PPOSettings = SETTINGS, team: Team = ALONE) -> PPO:
     """The reward likes what the anchor finds likely."""
     prompts = [roles.prompt_ids([{"role": "user", "content": text}]) for text in ("lemon", "colour?")]
-    features = reward_model.read_features(
-        roles, [(prompt, [40 + n, 60, 1]) for n, prompt in enumerate(prompts)]
-    )
+    features = read_features(roles, [(prompt, [40 + n, 60, 1]) for n, prompt in enumerate(prompts)])
     weight = torch.zeros(features.shape[1], 1)
     weight[-3] = 1.0  # the mean log-probability
     head = Head(torch.ones(features.shape[1]), weight, torch.tensor([-4.0]), torch.tensor([0.5]))
