@@ -67,7 +67,7 @@ class Reading:
     words: Tensor
     """[B, L, H] input embeddings, float32."""
     states: Tensor
-    """[B, L, H] last hidden states, float32."""
+    """[B, L, H] last hidden states, float32: of the reply and of the token before it; elsewhere nothing that means anything."""
     logprobs: Tensor
     """[B, L] log-probability of each reply token; 0.0 elsewhere."""
 
@@ -263,37 +263,29 @@ class Roles(nn.Module):
             return Reading(words.float(), states.float(), logprobs)
 
     def _forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """[B, L, H] last hidden states, and [B, L] log-probabilities of the reply's tokens.
+        """[B, L, H] last hidden states as in `Reading`, and [B, L] log-probabilities of the reply's tokens.
 
         The logits are the model's own, since families scale or cap them (Gemma, Granite, Cohere): on the way from its backbone to
-        its output embeddings all states but those that the reply's tokens were chosen from are taken away.
+        its output embeddings all states but those that the reply's tokens were chosen from are taken away, n in all.
         """
         model = self.model.get_base_model()
-        at_reply = functional.pad(
-            batch.reply_mask[:, 1:], (0, 1)
-        ).bool()  # [B, L] what the next token is read from
-        read_from = choose_places(at_reply)
+        reply = batch.reply_mask.bool()
+        before = functional.pad(reply[:, 1:], (0, 1))  # [B, L] the tokens that the reply's are chosen from
+        places = choose_places(before)
         all_states: list[Tensor] = []
 
-        def keep_reply(_: nn.Module, __: tuple[Any, ...], output: ModelOutput) -> ModelOutput:
+        def keep_places(_: nn.Module, __: tuple[Any, ...], output: ModelOutput) -> ModelOutput:
             all_states.append(output.last_hidden_state)
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[read_from][
-                None
-            ]  # (1, tokens, H)
+            output.last_hidden_state = all_states[0].flatten(0, 1)[places][None]  # (1, n, H)
             return output
 
-        needed = choose_places(at_reply | batch.reply_mask.bool())
-        with (
-            last_layer_at(model.base_model, needed, batch.ids.shape),
-            model.base_model.register_forward_hook(keep_reply),
-        ):
-            logits = model(input_ids=batch.ids, use_cache=False).logits[0]  # (tokens, V)
-        next_ids = batch.ids.roll(-1, 1).flatten()
-        flat = _TokenLogprobs.apply(logits, next_ids[read_from], temperature)  # type: ignore[no-untyped-call]
-        result = (
-            flat.new_zeros(batch.ids.shape).flatten().index_copy(0, read_from, flat).view(batch.ids.shape)
-        )
-        return all_states[0], result.roll(1, 1) * batch.reply_mask
+        at_reply = last_layer_at(model.base_model, choose_places(before | reply), batch.ids.shape)
+        with at_reply, model.base_model.register_forward_hook(keep_places):
+            logits = model(input_ids=batch.ids, use_cache=False).logits[0]  # (n, V)
+        targets = batch.ids.flatten().roll(-1)[places]
+        logprobs = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
+        spread = logprobs.new_zeros(batch.ids.numel()).index_copy(0, places, logprobs).roll(1)
+        return all_states[0], spread.view(batch.ids.shape) * batch.reply_mask
 
 
 class _TokenLogprobs(torch.autograd.Function):
