@@ -4,23 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.tiny_model import FAMILIES, make_family
+from tests.trainer.test_models import load_trained
 from trainer.models import POLICY, REFERENCE, Roles
 from trainer.passes import packing
 
 IDS = torch.tensor([[5, 9, 40, 41, 12, 77, 60], [3, 70, 71, 80, 90, 4, 33]])
-
-
-def load_trained(base: Path) -> Roles:
-    """With a policy that is not the anchor."""
-    torch.manual_seed(0)
-    roles = Roles.load(base, rank=4)
-    with torch.no_grad():
-        for weights in roles.policy_parameters():
-            nn.init.normal_(weights, std=0.1)
-    return roles
 
 
 @torch.no_grad()
@@ -38,12 +29,11 @@ def num_packed(roles: Roles) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_computes_as_policy_and_as_reference_what_the_layers_do(family: str, tmp_path: Path) -> None:
     roles = load_trained(make_family(tmp_path, family))
+    num_layers = 1 if family == "gpt2" else 15  # GPT-2's are of another kind, but for its head
     for role in (POLICY, REFERENCE):
         wanted = logits(roles, role)
         with roles.acting_as(role), packing.packed(roles.model):
-            assert num_packed(roles) == (
-                1 if family == "gpt2" else 15
-            )  # GPT-2's are not nn.Linear, but for its head
+            assert num_packed(roles) == num_layers
             torch.testing.assert_close(logits(roles, role), wanted, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(roles, POLICY), logits(roles, REFERENCE), atol=0.01)
 
