@@ -1,5 +1,7 @@
 """RMSNorm as one step against a family's own: the same numbers and gradients; what computes something else is left alone."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,6 +48,15 @@ def test_a_norm_with_other_numbers_is_left_alone(dtype: torch.dtype) -> None:
     norm = make(Gemma2RMSNorm, dtype)
     use_one_step_norms(norm)
     assert "forward" not in vars(norm)
+
+
+def test_a_copy_of_a_module_reads_its_own_weight() -> None:
+    norm = make(LlamaRMSNorm, torch.float32)
+    use_one_step_norms(norm)
+    copied = deepcopy(norm)
+    with torch.no_grad():
+        norm.weight.zero_()
+    assert copied(torch.ones(1, 16)).any()
 
 
 def test_a_frozen_weight_gets_no_gradient() -> None:

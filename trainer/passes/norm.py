@@ -3,6 +3,7 @@
 Legend: H channels.
 """
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def use_one_step_norms(model: nn.Module) -> None:
     """Has those of the model's norms compute so whose numbers are these; families' norms differ (Gemma's scale by one more)."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and _is_same(module):
-            module.forward = _forward_of(module)
+            module.forward = MethodType(_forward, module)  # a copy of the module gets its own
 
 
 def _is_same(module: nn.Module) -> bool:
@@ -25,21 +26,16 @@ def _is_same(module: nn.Module) -> bool:
         return False
     probe = torch.linspace(-3, 3, 2 * len(weight), device=weight.device, dtype=weight.dtype).view(2, -1)
     with torch.no_grad():
-        return torch.equal(module(probe), _forward_of(module)(probe))
+        return torch.equal(module(probe), _forward(module, probe))
 
 
 def _epsilon(module: nn.Module) -> float | None:
     return next((getattr(module, name) for name in EPSILONS if hasattr(module, name)), None)
 
 
-def _forward_of(module: nn.Module) -> Any:
-    epsilon = _epsilon(module)
-
-    def forward(x: Tensor) -> Tensor:
-        output: Tensor = _RMSNorm.apply(x, module.weight, epsilon)  # type: ignore[no-untyped-call]
-        return output
-
-    return forward
+def _forward(module: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = _RMSNorm.apply(x, module.weight, _epsilon(module))  # type: ignore[no-untyped-call]
+    return output
 
 
 class _RMSNorm(torch.autograd.Function):
