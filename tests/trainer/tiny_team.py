@@ -1,5 +1,6 @@
 """What each of two processes does in the tests of a team, one thing after the other, as a launcher starts it: see `test_team.py`."""
 
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -138,3 +139,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # as the trainer's own process ends: gloo's threads may abort one that ends while they are left
