@@ -6,7 +6,7 @@ Used by `fleet.py` (health, loading, probing) and `chat.py` (generation).
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import aiohttp
 import msgspec
 
-from service.beat import Beat
+from service.beat import Beat, Rest
 from service.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -35,11 +35,12 @@ TOKEN_SECONDS = 30.0
 """For one token: a busy engine, or one that compiles a kernel, takes long; a hung one takes for ever."""
 LOAD_SECONDS = 120.0
 READ_BYTES = 1 << 18
-FEW = 4
-"""Requests that one engine answers at once, up to which each token goes on by itself."""
 BEAT_SECONDS = 0.04
-"""With more, what has come goes on so often, once a reply has begun: a token by itself costs as much as several together, and where
-engine and service share cores, the engine pays for it."""
+"""What has come goes on so often, after a reply's first token: a token by itself costs as much as several together, and where engine
+and service share cores, the engine pays for it."""
+MANY = 16
+"""Requests that one engine answers at once, from which on nothing is even received between beats. With fewer, a reply's end is worth
+more: its client may be waiting to ask the next question."""
 JSON_HEADERS = {"content-type": "application/json"}
 
 
@@ -162,16 +163,19 @@ class VllmEngine:
         try:
             if response.status != HTTPStatus.OK:
                 raise _refusal(response.status, _message_of(await response.text()), policy)
-            yield pieces(response.content, self._pause) if stream else only(await read_whole(response))
+            if stream:
+                yield pieces(response.content, self._rests(response))
+            else:
+                yield only(await read_whole(response))
         finally:
             self._answering.discard(response.content)
             alarm.cancel()
             response.close()  # before the end: vLLM sees it and aborts the generation
 
-    async def _pause(self) -> None:
-        """Between two tokens: where many requests are answered, until the next beat."""
-        if len(self._answering) > FEW:
-            await self._beat.wait()
+    def _rests(self, response: aiohttp.ClientResponse) -> Callable[[], Awaitable[None]]:
+        """What a stream does between two reads."""
+        rest = Rest(self._beat, response)
+        return lambda: rest.deaf() if len(self._answering) >= MANY else rest.listening()
 
     async def _open(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)

@@ -1,7 +1,5 @@
 """What an engine's answer adds to its replies, piece by piece: reads vLLM's streams and whole answers. Used by `engine.py`."""
 
-import asyncio
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -15,8 +13,6 @@ FINISHED = ("stop", "length")
 DONE = b"[DONE]"
 MOST_AT_ONCE = 64
 """Chunks that are handed on together where many have come."""
-BEGINNING_SECONDS = 0.1
-"""How long a reply goes on token by token: its beginning is what people wait for, and short ones are over by then."""
 
 
 class Piece(NamedTuple):
@@ -70,19 +66,17 @@ _decode = msgspec.json.Decoder(_Answer).decode
 
 
 async def pieces(
-    content: aiohttp.StreamReader, pause: Callable[[], Awaitable[None]]
+    content: aiohttp.StreamReader, rest: Callable[[], Awaitable[None]]
 ) -> AsyncIterator[list[Piece]]:
-    """The chunks of one SSE stream, as they come, and `BEGINNING_SECONDS` after the first token with a pause between them.
+    """The chunks of one SSE stream: the first token as it comes, and then what has come after each rest.
 
     Raises EngineUnavailable for an error, an abort, an early end.
     """
-    clock = asyncio.get_running_loop().time
-    begun = math.inf
-    rest = b""
+    partial = b""
     stream = _Stream()
     most = 1  # the first token goes on at once, however much has come with it
     while received := await _received(content):
-        *events, rest = (rest + received).split(b"\n\n")
+        *events, partial = (partial + received).split(b"\n\n")
         while events:
             found = stream.read(events[:most])
             if found:
@@ -93,9 +87,9 @@ async def pieces(
                 return
             del events[:most]
             if most == 1 and any(piece.text for piece in found):
-                most, begun = MOST_AT_ONCE, clock()
-        if clock() > begun + BEGINNING_SECONDS and not stream.ends:
-            await pause()
+                most = MOST_AT_ONCE
+        if most > 1 and not stream.ends:
+            await rest()
     raise EngineGone("The engine went away while it was answering. Try again.")
 
 
@@ -108,14 +102,11 @@ class _Stream:
     def __init__(self) -> None:
         self.whole = False
         """Whether it has come to its end."""
+        self.ends = False
+        """Whether a reply has ended uncounted: the rest comes at once."""
         self._last: dict[int, Piece] = {}
         """Of each reply that has ended uncounted."""
         self._chunks: dict[int, int] = {}
-
-    @property
-    def ends(self) -> bool:
-        """Whether nothing but counts can be missing."""
-        return bool(self._last)
 
     def read(self, events: Sequence[bytes]) -> list[Piece]:
         """What server-sent events say."""
@@ -144,6 +135,7 @@ class _Stream:
                 found.append(piece)
             else:
                 self._last[choice.index] = piece
+                self.ends = True
         return found
 
 

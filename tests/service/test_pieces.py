@@ -2,20 +2,19 @@
 
 import asyncio
 import json
-import math
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
 import pytest
 
 from service.beat import Beat
-from service.engine import FEW, Sampling, VllmEngine
+from service.engine import MANY, Sampling, VllmEngine
 from service.errors import EngineGone, EngineUnavailable
 from service.pieces import Piece, pieces
 from service.policies import BASE
-from tests.service.http_engine import running_http_engine
+from tests.service.http_engine import LOOK_SECONDS, HttpEngine, running_http_engine
 
 SAMPLING = Sampling(8, 1.0, 1.0, 0.0, (), None, 0.0, 0.0)
 
@@ -52,14 +51,14 @@ def event(answer: dict[str, Any]) -> bytes:
 
 
 async def read(content: Content) -> tuple[list[list[Piece]], int]:
-    """The pieces that came together, and the number of pauses."""
-    pauses = 0
+    """The pieces that came together, and the number of rests."""
+    rests = 0
 
-    async def pause() -> None:
-        nonlocal pauses
-        pauses += 1
+    async def rest() -> None:
+        nonlocal rests
+        rests += 1
 
-    return [found async for found in pieces(content, pause)], pauses  # type: ignore[arg-type]
+    return [found async for found in pieces(content, rest)], rests  # type: ignore[arg-type]
 
 
 async def test_a_reply_that_is_counted_after_its_end_ends_with_its_counts() -> None:
@@ -98,23 +97,20 @@ async def test_of_several_replies_each_ends_at_its_own_time() -> None:
     ]
 
 
-async def test_the_first_token_goes_on_by_itself_and_what_has_come_with_it_follows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("service.pieces.BEGINNING_SECONDS", math.inf)
+async def test_the_first_token_goes_on_by_itself_and_what_has_come_with_it_follows() -> None:
     content = Content(
         chunk(""), chunk("a") + chunk("b") + chunk("c"), chunk("d") + chunk("e"), chunk("", "stop") + DONE
     )
-    found, pauses = await read(content)
+    found, _ = await read(content)
     assert [[p.text for p in each] for each in found] == [[""], ["a"], ["b", "c"], ["d", "e"], [""]]
-    assert pauses == 0
 
 
-async def test_after_its_beginning_a_stream_pauses_between_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.pieces.BEGINNING_SECONDS", -1.0)
-    found, pauses = await read(Content(chunk(""), chunk("a"), chunk("b"), chunk("", "stop") + DONE))
+async def test_a_stream_rests_between_reads_from_its_first_token_to_its_end() -> None:
+    found, rests = await read(
+        Content(chunk(""), chunk("a"), chunk("b"), chunk("", "stop"), counts(7, 2), DONE)
+    )
     assert [p.text for each in found for p in each] == ["", "a", "b", ""]
-    assert pauses == 2, "after each of the tokens, not before the first, nor after the end"
+    assert rests == 2, "after each of the tokens, not before the first, nor after the end"
 
 
 @pytest.mark.parametrize(
@@ -140,36 +136,29 @@ async def test_all_who_wait_for_a_beat_go_on_at_the_same_one_and_one_who_leaves_
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(loop, "call_later", lambda seconds, strike: strikes.append(strike))
     beat = Beat(0.05)
-    first, leaves, last = (asyncio.create_task(beat.wait()) for _ in range(3))
-    await asyncio.sleep(0)
+    first, leaves, last = (beat.next() for _ in range(3))
     leaves.cancel()
-    await asyncio.sleep(0)
     assert len(strikes) == 1, "one timer for all"
     assert not first.done()
     strikes[0]()
-    await asyncio.gather(first, last)
-    after = asyncio.create_task(beat.wait())
-    await asyncio.sleep(0)
+    assert first.done()
+    assert last.done()
+    after = beat.next()
     assert len(strikes) == 2, "who comes later waits for the next one"
     strikes[1]()
-    await after
+    assert after.done()
 
 
-@pytest.mark.parametrize(("num_requests", "waits"), [(FEW, False), (FEW + 1, True)])
-async def test_many_requests_share_a_beat_and_few_do_not(
-    monkeypatch: pytest.MonkeyPatch, num_requests: int, waits: bool
-) -> None:
-    waited = 0
+LONG = 1000.0
+"""Seconds between beats, in which none comes."""
 
-    async def wait(_: Beat) -> None:
-        nonlocal waited
-        waited += 1
 
-    monkeypatch.setattr(Beat, "wait", wait)
-    monkeypatch.setattr("service.pieces.BEGINNING_SECONDS", -1.0)
+@asynccontextmanager
+async def one_of(num_requests: int) -> AsyncIterator[tuple[HttpEngine, AsyncIterator[list[Piece]]]]:
+    """One of so many streams of one engine; its last word is held back."""
     deadline = asyncio.get_running_loop().time() + 60
     with running_http_engine() as served:
-        served.hold("word")  # so that it does not come with the one before
+        served.hold("word")
         async with aiohttp.ClientSession() as session, AsyncExitStack() as stack:
             engine = VllmEngine(served.url, session)
             streams = [
@@ -178,9 +167,40 @@ async def test_many_requests_share_a_beat_and_few_do_not(
                 )
                 for _ in range(num_requests)
             ]
-            found = []
-            async for each in streams[0]:
-                found += each
-                served.release()
+            yield served, streams[0]
+
+
+async def test_where_few_are_answered_the_end_of_a_reply_does_not_wait_for_a_beat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.engine.BEAT_SECONDS", LONG)
+    async with one_of(MANY - 1) as (served, stream):
+        found = []
+        async for each in stream:
+            found += each
+            served.release()
     assert "".join(piece.text for piece in found) == "one two"
-    assert bool(waited) == waits
+    assert found[-1].finish_reason == "stop"
+
+
+async def test_where_many_are_answered_nothing_is_received_before_the_beat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.engine.BEAT_SECONDS", LONG)
+    beats: list[Beat] = []
+    monkeypatch.setattr(Beat, "__init__", lambda beat, seconds: (start(beat, seconds), beats.append(beat))[0])
+    async with one_of(MANY) as (served, stream):
+        assert [piece.text for piece in await anext(stream)] == ["one "]
+        served.release()
+        rest = asyncio.create_task(collect(stream))
+        await asyncio.sleep(10 * LOOK_SECONDS)  # in which the end comes to the socket
+        assert not rest.done()
+        beats[0]._strike()
+        assert "".join(piece.text for piece in await rest) == "two"
+
+
+start = Beat.__init__
+
+
+async def collect(stream: AsyncIterator[list[Piece]]) -> list[Piece]:
+    return [piece async for each in stream for piece in each]
