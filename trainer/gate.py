@@ -103,7 +103,7 @@ class Examination:
     """Prompts and a judge, the same for every policy that is compared.
 
     Made while the policy in `roles` is the live one, which is asked then, as the anchor is: `live`, and `anchor_right`, [G] share of
-    its right replies to each guard prompt.
+    its right replies to each guard prompt. `chosen_length`: mean tokens of the held-out replies that users preferred.
     """
 
     def __init__(
@@ -122,6 +122,8 @@ class Examination:
         self._sampler = sampler
         self._prompts = [*prompts] * math.ceil(NUM_ANSWERS / max(1, len(prompts)))
         self._decided = [pair for pair in held_out if pair.decided]
+        chosen = [_chosen(pair) for pair in self._decided]
+        self.chosen_length = sum(map(len, chosen)) / max(1, len(chosen))
         self._guards = guards
         self._seed = seed
         self.live = self.ask()
@@ -216,12 +218,19 @@ def measure_kl(roles: Roles, rollouts: Sequence[Rollout], anchor: Roles | None =
     return total / len(rollouts)
 
 
-def decide(candidate: Sample, live: Sample, anchor_right: Tensor, kl_budget: float, finite: bool) -> Verdict:
-    """Compares candidate and live. anchor_right: [G] as `Examination` has it."""
+def decide(
+    candidate: Sample,
+    live: Sample,
+    anchor_right: Tensor,
+    chosen_length: float,
+    kl_budget: float,
+    finite: bool,
+) -> Verdict:
+    """Compares candidate and live. anchor_right, chosen_length: as `Examination` has them."""
     gain = _lower_bound(candidate.judged - live.judged)
     checks = [
         _above(JUDGE, gain, 0.0, "gain by the held-out judge, lower 95 % bound"),
-        *_kept_up(candidate, live, anchor_right, 2.0 * live.length),
+        *_kept_up(candidate, live, anchor_right, 2.0 * max(live.length, chosen_length)),
         _at_most("kl", candidate.kl, 1.5 * kl_budget, "KL to the anchor, nats per reply"),
         _is_finite(finite),
     ]
@@ -327,5 +336,12 @@ def _preference(roles: Roles, pairs: Sequence[Pair]) -> Tensor:
             parts.append(roles.logprobs(roles.batch(sequences)).sum(1))
         return torch.cat(parts) if parts else torch.zeros(0)
 
-    chosen = total(lambda pair: pair.first if pair.label > 0.5 else pair.second)
-    return chosen - total(lambda pair: pair.second if pair.label > 0.5 else pair.first)
+    return total(_chosen) - total(_rejected)
+
+
+def _chosen(pair: Pair) -> list[int]:
+    return pair.first if pair.label > 0.5 else pair.second
+
+
+def _rejected(pair: Pair) -> list[int]:
+    return pair.second if pair.label > 0.5 else pair.first

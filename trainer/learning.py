@@ -199,7 +199,14 @@ def _show_to_gate(
     def show(share: float) -> gate.Verdict:
         roles.load_policy_state(mix(began, trained, share))
         candidate, live = examination.ask(), examination.live
-        verdict = gate.decide(candidate, live, examination.anchor_right, kl_budget, roles.is_finite())
+        verdict = gate.decide(
+            candidate,
+            live,
+            examination.anchor_right,
+            examination.chosen_length,
+            kl_budget,
+            roles.is_finite(),
+        )
         shown.append(Shown(share, verdict, side_by_side(live, candidate)))
         return verdict
 

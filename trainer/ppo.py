@@ -68,7 +68,10 @@ class PPOSettings:
     warmup: int = 3
     """Iterations over which the learning rate rises to its full: a fresh Adam takes steps of full size in any direction, which has
     ruined a policy that was good already, and the value has to be fit first."""
-    clip: float = 0.2
+    clip_below: float = 0.2
+    clip_above: float = 0.8
+    """A rare token that pays may nearly double in an iteration. With 0.2 a better manner that the anchor seldom has is out of reach
+    of a run, which settles for the next best: by a taste for it, win rate .83 instead of .94."""
     discount: float = 1.0
     trace: float = 0.95
     """lambda of generalised advantage estimation."""
@@ -269,12 +272,13 @@ class PPO:
 
     def _update(self, minibatch: Sequence[Microbatch]) -> float:
         """One optimiser step on the mean loss over the minibatch's tokens. Returns the share of clipped tokens."""
+        settings = self.settings
         num_tokens = self.team.sum(torch.stack([part.mask.sum() for part in minibatch]).sum())
         total_loss, num_clipped = 0.0, 0.0
         for part in minibatch:
-            logprobs = self.roles.logprobs(part.batch, self.settings.temperature)
+            logprobs = self.roles.logprobs(part.batch, settings.temperature)
             losses, clipped = ppo_math.policy_loss(
-                logprobs, part.old, part.advantages, part.mask, self.settings.clip
+                logprobs, part.old, part.advantages, part.mask, settings.clip_below, settings.clip_above
             )
             loss = losses.sum() / num_tokens
             loss.backward()  # type: ignore[no-untyped-call]

@@ -144,8 +144,10 @@ def _cross_validate(
 ) -> tuple[float, float]:
     """The ridge with the least loss in cross-validation by prompt, and the sharpness that is right for it.
 
-    Margins shrunk by a ridge are too timid, and those of few votes too bold: held-out folds say by how much.
+    Margins shrunk by a ridge are too timid, and those of few votes too bold: held-out folds say by how much. Ties have no say in it:
+    a probability is of which reply is preferred, where one is.
     """
+    decided = label != 0.5
     names = sorted(set(groups))
     random.Random(seed).shuffle(names)
     fold_of = {name: index % folds for index, name in enumerate(names)}
@@ -161,7 +163,8 @@ def _cross_validate(
                 )
         loss = pair_loss(unseen, label, weight).item()
         if loss < best[0]:
-            best = (loss, ridge, _fit_sharpness(unseen, label, weight))
+            sharpness = _fit_sharpness(unseen[decided], label[decided], weight[decided])
+            best = (loss, ridge, sharpness)
     return best[1:]
 
 

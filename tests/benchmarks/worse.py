@@ -132,7 +132,12 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
         )
     roles.load_policy_state(load_average(checkpoints, outcome.kept))
     verdict = gate.decide(
-        examination.ask(), examination.live, examination.anchor_right, policy.kl_budget, roles.is_finite()
+        examination.ask(),
+        examination.live,
+        examination.anchor_right,
+        examination.chosen_length,
+        policy.kl_budget,
+        roles.is_finite(),
     )
     probes = sample_probes(roles, sampler, prompts, seed)
     folders = [

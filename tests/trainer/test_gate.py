@@ -20,13 +20,20 @@ LIVE = Sample(
     shown=[],
     preference=torch.zeros(50),
 )
+CHOSEN_LENGTH = 12.0
 ANCHOR_RIGHT = torch.tensor([1.0] * 60 + [0.0] * 40)
 BETTER = replace(LIVE, judged=LIVE.judged + 0.5 + 0.1 * torch.linspace(1, -1, 100), preference=torch.ones(50))
 
 
 def failed(candidate: Sample, anchor_right: torch.Tensor = ANCHOR_RIGHT, finite: bool = True) -> list[str]:
-    checks = decide(candidate, LIVE, anchor_right, 5.0, finite).checks
+    checks = decide(candidate, LIVE, anchor_right, CHOSEN_LENGTH, 5.0, finite).checks
     return [check.name for check in checks if not check.passed]
+
+
+def test_replies_may_become_twice_as_long_as_lives_or_as_those_that_users_chose() -> None:
+    longer = replace(BETTER, length=23.0)
+    assert failed(longer) == []
+    assert not decide(longer, LIVE, ANCHOR_RIGHT, 9.0, 5.0, finite=True).passed
 
 
 def guard_shares(right: int) -> torch.Tensor:
@@ -110,7 +117,7 @@ def test_chance_may_cost_a_right_answer_but_not_below_the_anchor() -> None:
 def test_without_a_guard_set_nothing_of_it_can_fall() -> None:
     none = torch.zeros(0)
     live, candidate = replace(LIVE, right=none), replace(BETTER, right=none)
-    assert decide(candidate, live, none, 5.0, finite=True).passed
+    assert decide(candidate, live, none, 0.0, 5.0, finite=True).passed
 
 
 def test_chance_in_few_held_out_votes_refuses_nothing() -> None:
