@@ -70,8 +70,8 @@ class PPOSettings:
     ruined a policy that was good already, and the value has to be fit first."""
     clip_below: float = 0.2
     clip_above: float = 0.8
-    """A rare token that pays may nearly double in an iteration. With 0.2 a better manner that the anchor seldom has is out of reach
-    of a run, which settles for the next best: by a taste for it, win rate .83 instead of .94."""
+    """A rare token that pays may nearly double in an iteration. With 0.2 a manner that users want and the anchor seldom has may be out
+    of reach of a run, which settles for the next best."""
     discount: float = 1.0
     trace: float = 0.95
     """lambda of generalised advantage estimation."""
