@@ -69,9 +69,8 @@ class PPOSettings:
     """Iterations over which the learning rate rises to its full: a fresh Adam takes steps of full size in any direction, which has
     ruined a policy that was good already, and the value has to be fit first."""
     clip_below: float = 0.2
-    clip_above: float = 0.8
-    """A rare token that pays may nearly double in an iteration. With 0.2 a manner that users want and the anchor seldom has may be out
-    of reach of a run, which settles for the next best."""
+    clip_above: float = 0.2
+    """More lets a rare token that pays grow faster: 0.8 finds a manner that users want and the anchor seldom has, and forgets more."""
     discount: float = 1.0
     trace: float = 0.95
     """lambda of generalised advantage estimation."""
