@@ -188,6 +188,7 @@ async def test_where_many_are_answered_nothing_is_received_before_the_beat(
 ) -> None:
     monkeypatch.setattr("service.engine.BEAT_SECONDS", LONG)
     beats: list[Beat] = []
+    start = Beat.__init__
     monkeypatch.setattr(Beat, "__init__", lambda beat, seconds: (start(beat, seconds), beats.append(beat))[0])
     async with one_of(MANY) as (served, stream):
         assert [piece.text for piece in await anext(stream)] == ["one "]
@@ -197,9 +198,6 @@ async def test_where_many_are_answered_nothing_is_received_before_the_beat(
         assert not rest.done()
         beats[0]._strike()
         assert "".join(piece.text for piece in await rest) == "two"
-
-
-start = Beat.__init__
 
 
 async def collect(stream: AsyncIterator[list[Piece]]) -> list[Piece]:
