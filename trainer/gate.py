@@ -122,8 +122,8 @@ class Examination:
         self._sampler = sampler
         self._prompts = [*prompts] * math.ceil(NUM_ANSWERS / max(1, len(prompts)))
         self._decided = [pair for pair in held_out if pair.decided]
-        chosen = [_chosen(pair) for pair in self._decided]
-        self.chosen_length = sum(map(len, chosen)) / max(1, len(chosen))
+        chosen_tokens = sum(len(_chosen(pair)) for pair in self._decided)
+        self.chosen_length = chosen_tokens / max(1, len(self._decided))
         self._guards = guards
         self._seed = seed
         self.live = self.ask()
@@ -153,6 +153,11 @@ class Examination:
             ],
             preference=_preference(roles, self._decided),
         )
+
+    def compare(self, candidate: Sample, kl_budget: float) -> Verdict:
+        """What `decide` says of the policy that `roles` hold now. candidate: what it answered."""
+        finite = self._roles.is_finite()
+        return decide(candidate, self.live, self.anchor_right, self.chosen_length, kl_budget, finite)
 
     def guard_set(self) -> "GuardSet | None":
         """To be watched in training; None where there are no guard prompts."""

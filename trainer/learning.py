@@ -198,16 +198,9 @@ def _show_to_gate(
 
     def show(share: float) -> gate.Verdict:
         roles.load_policy_state(mix(began, trained, share))
-        candidate, live = examination.ask(), examination.live
-        verdict = gate.decide(
-            candidate,
-            live,
-            examination.anchor_right,
-            examination.chosen_length,
-            kl_budget,
-            roles.is_finite(),
-        )
-        shown.append(Shown(share, verdict, side_by_side(live, candidate)))
+        candidate = examination.ask()
+        verdict = examination.compare(candidate, kl_budget)
+        shown.append(Shown(share, verdict, side_by_side(examination.live, candidate)))
         return verdict
 
     share = largest_passing(show)

@@ -131,14 +131,7 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
             "Training on the contrary votes kept none of its iterations: there is nothing to examine."
         )
     roles.load_policy_state(load_average(checkpoints, outcome.kept))
-    verdict = gate.decide(
-        examination.ask(),
-        examination.live,
-        examination.anchor_right,
-        examination.chosen_length,
-        policy.kl_budget,
-        roles.is_finite(),
-    )
+    verdict = examination.compare(examination.ask(), policy.kl_budget)
     probes = sample_probes(roles, sampler, prompts, seed)
     folders = [
         publish(roles, probes, _lineage(f"policy-{number:06d}", starter, seed), folder / "policies")

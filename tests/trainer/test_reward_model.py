@@ -110,3 +110,16 @@ def test_features_do_not_depend_on_the_batch(roles: Roles) -> None:
     together = read_features(roles, sequences)
     alone = torch.cat([read_features(roles, [sequence]) for sequence in sequences])
     torch.testing.assert_close(together, alone, atol=2e-2, rtol=2e-2)
+
+
+def test_ties_do_not_make_it_less_sure_of_what_was_decided() -> None:
+    generator = torch.Generator().manual_seed(0)
+    count, strength = 600, 1.5
+    margins = torch.zeros(2 * count, 5)  # the last four are the likelihoods
+    margins[:, 0] = 2 * torch.randn(2 * count, generator=generator)
+    decided = torch.rand(count, generator=generator) < torch.sigmoid(strength * margins[:count, 0])
+    label = torch.cat([decided.float(), torch.full((count,), 0.5)])
+    weight, groups = torch.ones(2 * count), list(map(str, range(2 * count)))
+    ridge, sharpness = reward_model._cross_validate(margins, label, weight, groups, seed=0)
+    slope = reward_model._fit_weights(margins, label, weight, ridge)[0].item()
+    assert sharpness * slope == pytest.approx(strength, rel=0.2)

@@ -139,6 +139,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    os._exit(
-        0
-    )  # as the trainer's own process ends: gloo's threads may abort one that ends while they are left
+    # As the trainer's own process ends: gloo's threads may abort one that ends while they are left.
+    os._exit(0)
