@@ -151,7 +151,9 @@ async def _start(stack: AsyncExitStack, settings: Settings, connect_by: ConnectB
     )
     database: AsyncEngine = async_engine(settings)
     stack.push_async_callback(database.dispose)
-    session = await stack.enter_async_context(aiohttp.ClientSession(connector=engine_connector()))
+    session = await stack.enter_async_context(
+        aiohttp.ClientSession(connector=engine_connector(), cookie_jar=aiohttp.DummyCookieJar())
+    )
     journal = Journal(database_url(settings))
     await stack.enter_async_context(journal.running())
     fleet = Fleet(connect_by(session), settings.replica_urls, exchanges_weights=settings.delivery == "merged")

@@ -6,7 +6,7 @@ A reply is of exactly one policy, named when it begins; in a duel the two replie
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from random import SystemRandom
@@ -116,9 +116,8 @@ class Generation:
         self._parts: list[Part] = []
         self._engine_seconds = 0.0
         """Spent waiting for engines: until the first token of a stream, or for the whole."""
-        self._begun = False
-        """Whether the rows are there."""
-        self._beginning: asyncio.Task[None] | None = None
+        self._rows: asyncio.Future[None] | None = None
+        """Done once they are there; None where they have not been written yet."""
 
     def objection(self) -> Objection | None:
         """Why the replies are not worth a vote, once they have ended."""
@@ -134,11 +133,12 @@ class Generation:
         seconds = time.monotonic() - self._started
         metrics.REPLY_SECONDS.observe(seconds)
         reason = "error" if isinstance(error, Exception) else "abort"
-        if self._beginning is not None:  # its rows may be on their way, and must not be stored twice
-            await asyncio.shield(asyncio.wait({self._beginning}))
+        if self._rows is not None and not self._rows.done():  # they must not be stored twice
+            await asyncio.shield(asyncio.wait({self._rows}))
         if self._begun:
-            open_voices = [voice for voice in self.voices if voice.finish_reason is None]
-            await asyncio.shield(asyncio.gather(*(self._end(voice, reason) for voice in open_voices)))
+            cut_off = [(voice, reason) for voice in self.voices if voice.finish_reason is None]
+            if cut_off:
+                await asyncio.shield(self._end(cut_off))
         elif any(part.taken for part in self._parts):
             await asyncio.shield(self._begin_whole(reason))
         if tracing.is_on():
@@ -188,16 +188,16 @@ class Generation:
         if not self.asked.stream:
             await self._open(stack)
             return
-        self._beginning = asyncio.create_task(self._begin(None))
+        rows = self._begin(None)
         try:
             await self._open(stack)
         finally:
-            await asyncio.shield(self._beginning)
+            await asyncio.shield(rows)
 
-    async def _begin(self, ended: tuple[Ended, ...] | None) -> None:
-        """Commit the prompt, its replies and their comparison."""
+    def _begin(self, ended: tuple[Ended, ...] | None) -> "asyncio.Future[None]":
+        """Commit the prompt, its replies and their comparison. Never to be cancelled: it would not be known whether they are there."""
         asked = self.asked
-        await self._context.journal.begin(
+        self._rows = self._context.journal.begin(
             Begun(
                 user=asked.user,
                 messages=asked.messages,
@@ -210,13 +210,23 @@ class Generation:
                 duel_id=asked.duel_id,
             )
         )
-        self._begun = True
-        if asked.pairing is not None:
-            metrics.COMPARISONS.labels(asked.pairing.reason).inc()
+        self._rows.add_done_callback(self._note_begun)
+        return self._rows
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the rows are there."""
+        rows = self._rows
+        return rows is not None and rows.done() and rows.exception() is None
+
+    def _note_begun(self, rows: "asyncio.Future[None]") -> None:
+        if self.asked.pairing is not None and rows.exception() is None:
+            metrics.COMPARISONS.labels(self.asked.pairing.reason).inc()
 
     async def _begin_whole(self, otherwise: str) -> None:
         """Commit everything at once; `otherwise`: the finish reason of replies that have none."""
-        await self._begin(tuple(voice.ended(voice.finish_reason or otherwise) for voice in self.voices))
+        ended = tuple(voice.ended(voice.finish_reason or otherwise) for voice in self.voices)
+        await asyncio.shield(self._begin(ended))
 
     async def _open(self, stack: AsyncExitStack) -> None:
         """One request to an engine, which then reads the prompt once; in a duel, one for each of the two."""
@@ -272,8 +282,8 @@ class Generation:
             if running := shown[:first_end]:
                 yield running  # does not wait for the commit of what ends beside it
             if ending := shown[first_end:]:
-                await asyncio.gather(
-                    *(self._end(self.voices[p.position], p.finish_reason) for p in ending if p.finish_reason)
+                await self._end(
+                    [(self.voices[p.position], p.finish_reason) for p in ending if p.finish_reason]
                 )
                 yield ending
 
@@ -303,10 +313,14 @@ class Generation:
         if not self.asked.stream:
             metrics.ADDED_SECONDS.observe(time.monotonic() - self._started - self._engine_seconds)
 
-    async def _end(self, voice: Voice, finish_reason: str) -> None:
-        """Commit how a reply ended, where its row is there already; else it is stored whole."""
+    async def _end(self, ended: Sequence[tuple[Voice, str]]) -> None:
+        """Commit how replies ended, where their rows are there already; else they are stored whole."""
         if self._begun:
-            await self._context.journal.end(voice.reply_id, voice.ended(finish_reason))
-        voice.finish_reason = finish_reason
-        metrics.REPLIES.labels(voice.policy, finish_reason).inc()
-        metrics.REPLY_TOKENS.labels(voice.policy).inc(voice.completion_tokens)
+            commits = [
+                self._context.journal.end(voice.reply_id, voice.ended(reason)) for voice, reason in ended
+            ]
+            await asyncio.gather(*commits)
+        for voice, finish_reason in ended:
+            voice.finish_reason = finish_reason
+            metrics.REPLIES.labels(voice.policy, finish_reason).inc()
+            metrics.REPLY_TOKENS.labels(voice.policy).inc(voice.completion_tokens)

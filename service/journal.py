@@ -141,7 +141,7 @@ UNREACHABLE = (psycopg.OperationalError, psycopg.InterfaceError)
 
 
 class Journal:
-    """One per service process, with a connection of its own. Methods raise DatabaseUnavailable."""
+    """One per service process, with a connection of its own. What methods return raises DatabaseUnavailable."""
 
     def __init__(self, url: URL) -> None:
         self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
@@ -151,20 +151,20 @@ class Journal:
         self._idle = asyncio.Event()
         self._users: dict[UserName, int] = {}
 
-    async def begin(self, begun: Begun) -> None:
-        """Store a prompt and its replies; committed on return."""
-        await self._store(begun)
+    def begin(self, begun: Begun) -> "asyncio.Future[None]":
+        """Store a prompt and its replies; done once they are committed."""
+        return self._store(begun)
 
-    async def end(self, reply_id: str, ended: Ended) -> None:
-        """Store how a reply ended; committed on return."""
-        await self._store((reply_id, ended))
+    def end(self, reply_id: str, ended: Ended) -> "asyncio.Future[None]":
+        """Store how a reply ended; done once that is committed."""
+        return self._store((reply_id, ended))
 
-    async def _store(self, what: "Begun | tuple[str, Ended]") -> None:
+    def _store(self, what: "Begun | tuple[str, Ended]") -> "asyncio.Future[None]":
         record = _Record(what, asyncio.get_running_loop().create_future())
         self._waiting.append(record)
         self._idle.clear()
         self._came.set()
-        await record.written
+        return record.written
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -117,7 +117,8 @@ class _Stream:
                 self.whole = True
                 break
             if data and not data.startswith(b":"):
-                found += self._pieces(_read(data))
+                for piece in self._pieces(_read(data)):
+                    _append(found, piece)
         return found + list(self._last.values()) if self.whole else found
 
     def _pieces(self, answer: _Answer) -> list[Piece]:
@@ -137,6 +138,20 @@ class _Stream:
                 self._last[choice.index] = piece
                 self.ends = True
         return found
+
+
+def _append(found: list[Piece], piece: Piece) -> None:
+    """Add what came. Text of one reply that runs on is one piece: who reads it at once has no use for how it was cut."""
+    before = found[-1] if found else None
+    runs_on = (
+        before is not None
+        and before.reply == piece.reply
+        and not (before.finish_reason or piece.finish_reason)
+    )
+    if before is None or not runs_on or before.logprobs or piece.logprobs:
+        found.append(piece)
+    else:
+        found[-1] = piece._replace(text=before.text + piece.text)
 
 
 async def only(found: list[Piece]) -> AsyncIterator[list[Piece]]:

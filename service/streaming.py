@@ -1,8 +1,8 @@
 """Answers that end early when the client goes away. Plain ASGI: `BaseHTTPMiddleware` hides disconnects."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing, asynccontextmanager, suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -14,23 +14,37 @@ SLOW_SECONDS = 5.0
 
 async def until_gone(receive: Receive, work: Coroutine[None, None, Response]) -> Response:
     """The work's response; it is cancelled if the client goes first. Call once the body has been read."""
-    task = asyncio.create_task(work)
-    await _first(task, receive)
-    if task.cancelled():
-        return Response(status_code=CLIENT_CLOSED)
-    return task.result()
+    async with _while_there(receive):
+        return await work
+    return Response(status_code=CLIENT_CLOSED)
 
 
-async def _first(task: asyncio.Task[Response] | asyncio.Task[None], receive: Receive) -> None:
-    """Wait for the task; cancel it when the client goes or the caller is cancelled. It has ended after."""
-    gone = asyncio.create_task(_disconnect(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        gone.cancel()
-        if not task.done():
+@asynccontextmanager
+async def _while_there(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the body, and nothing else, when the client goes."""
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    inside, left = True, False
+
+    def leave(gone: asyncio.Task[None]) -> None:
+        nonlocal left
+        if inside and not gone.cancelled():
+            left = True
             task.cancel()
-        await asyncio.wait({task, gone})
+
+    gone = asyncio.create_task(_disconnect(receive))
+    gone.add_done_callback(leave)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not left or task.cancelling() > before + 1:  # somebody else wants an end
+            raise
+    finally:
+        inside = False
+        gone.cancel()
+        if left:
+            task.uncancel()
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -57,11 +71,9 @@ class EventStream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task = asyncio.create_task(self._send_all(send))
-        await _first(task, receive)
-        if not task.cancelled():
-            with suppress(TimeoutError):
-                task.result()
+        with suppress(TimeoutError):
+            async with _while_there(receive):
+                await self._send_all(send)
 
     async def _send_all(self, send: Send) -> None:
         async with asyncio.timeout_at(self._deadline + SLOW_SECONDS), aclosing(self._events) as events:

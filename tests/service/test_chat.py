@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from typing import Any
 
 import httpx
 import pytest
@@ -235,11 +234,13 @@ def test_rows_that_are_on_their_way_at_the_deadline_are_stored_once(
 ) -> None:
     store = Journal._store
 
-    async def slow(journal: Journal, what: Any) -> None:
-        await store(journal, what)
+    async def late(written: "asyncio.Future[None]") -> None:
+        await written
         await asyncio.sleep(0.6)  # committed, and not yet known to be
 
-    monkeypatch.setattr(Journal, "_store", slow)
+    monkeypatch.setattr(
+        Journal, "_store", lambda journal, what: asyncio.ensure_future(late(store(journal, what)))
+    )
     client = serve(FakeEngine(), request_deadline_seconds=0.2)
     assert client.post(CHAT, json=ask(stream=True)).status_code == 504
     wait_until(lambda: rows("SELECT finish_reason FROM replies") == [("error",)])

@@ -140,9 +140,9 @@ async def test_without_a_database_whoever_waits_is_told(prepared: Settings) -> N
 async def test_what_has_come_is_written_before_the_journal_closes(prepared: Settings, rows: Rows) -> None:
     journal = Journal(db.database_url(prepared))
     async with journal.running():
-        tasks = [asyncio.create_task(journal.begin(begun())) for _ in range(5)]
+        written = [journal.begin(begun()) for _ in range(5)]
         await asyncio.sleep(0)
-    await asyncio.gather(*tasks)
+    await asyncio.gather(*written)
     assert rows("SELECT count(*) FROM replies") == [(5,)]
 
 
