@@ -6,8 +6,8 @@ Used by `fleet.py` (health, loading, probing) and `chat.py` (generation).
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -38,8 +38,9 @@ READ_BYTES = 1 << 18
 BEAT_SECONDS = 0.04
 """What has come goes on so often, after a reply's first token: a token by itself costs as much as several together, and where engine
 and service share cores, the engine pays for it."""
-LOOKS = 8
-"""How often meanwhile replies are looked at, for those that have ended."""
+MANY = 16
+"""Requests that one engine answers at once, from which on nothing is even received between beats. With fewer, a reply's end is worth
+more: its client may be waiting to ask the next question."""
 JSON_HEADERS = {"content-type": "application/json"}
 
 
@@ -136,7 +137,7 @@ class VllmEngine:
         self._opening: set[asyncio.Timeout] = set()
         """Of requests that have no answer yet."""
         self._answering: set[aiohttp.StreamReader] = set()
-        self._beat = Beat(BEAT_SECONDS, LOOKS)
+        self._beat = Beat(BEAT_SECONDS)
 
     @asynccontextmanager
     async def generate(
@@ -163,14 +164,18 @@ class VllmEngine:
             if response.status != HTTPStatus.OK:
                 raise _refusal(response.status, _message_of(await response.text()), policy)
             if stream:
-                with closing(Rest(self._beat, response)) as rest:
-                    yield pieces(response.content, rest)
+                yield pieces(response.content, self._rests(response))
             else:
                 yield only(await read_whole(response))
         finally:
             self._answering.discard(response.content)
             alarm.cancel()
             response.close()  # before the end: vLLM sees it and aborts the generation
+
+    def _rests(self, response: aiohttp.ClientResponse) -> Callable[[], Awaitable[None]]:
+        """What a stream does between two reads."""
+        rest = Rest(self._beat, response)
+        return lambda: rest.deaf() if len(self._answering) >= MANY else rest.listening()
 
     async def _open(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)

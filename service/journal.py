@@ -146,6 +146,8 @@ class Journal:
     def __init__(self, url: URL) -> None:
         self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._connection: psycopg.AsyncConnection | None = None
+        self._cursor: psycopg.AsyncCursor
+        """Of that connection, kept: a new one each time costs a tenth of what is done with it."""
         self._waiting: list[_Record] = []
         self._came = asyncio.Event()
         self._idle = asyncio.Event()
@@ -231,7 +233,7 @@ class Journal:
         begun = [record.what for record in records if isinstance(record.what, Begun)]
         ended = [record.what for record in records if not isinstance(record.what, Begun)]
         await self._learn_users(connection, {one.user for one in begun} - self._users.keys())
-        await connection.execute(
+        await self._cursor.execute(
             STORE, [msgspec.json.encode(self._rows(begun, ended)).decode()], prepare=True
         )
 
@@ -242,7 +244,8 @@ class Journal:
             )
             # STORE is planned once. On a new database that would be for tables which are empty, and by reading them whole,
             # until PostgreSQL next looks at their size: a minute in which they may grow by tens of thousands of replies.
-            await self._connection.execute("SET enable_seqscan = off")
+            self._cursor = self._connection.cursor()
+            await self._cursor.execute("SET enable_seqscan = off")
         return self._connection
 
     async def _disconnect(self) -> None:

@@ -93,4 +93,7 @@ class MergedEngine(VllmEngine):
 async def _renamed(pieces: AsyncIterator[list[Piece]], policy: str) -> AsyncIterator[list[Piece]]:
     """What the engine gave under the base's name."""
     async for together in pieces:
-        yield [piece._replace(model=policy) if piece.model == BASE else piece for piece in together]
+        for piece in together:
+            if piece.model == BASE:
+                piece.model = policy
+        yield together

@@ -88,7 +88,8 @@ class Part:
                 async for each in self._pieces:
                     self._replica.saw_token()
                     if question.first:
-                        each = [piece._replace(reply=piece.reply + question.first) for piece in each]
+                        for piece in each:
+                            piece.reply += question.first
                     if question.held:
                         held.append(each)
                         continue

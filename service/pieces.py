@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 import aiohttp
 import msgspec
@@ -15,8 +14,8 @@ MOST_AT_ONCE = 64
 """Chunks that are handed on together where many have come."""
 
 
-class Piece(NamedTuple):
-    """What one engine chunk adds to one of its replies."""
+class Piece(msgspec.Struct, gc=False):
+    """What has come at once of one of an engine's replies."""
 
     reply: int
     """Which of the engine's replies, from 0."""
@@ -62,7 +61,7 @@ class _Answer(msgspec.Struct):
     error: msgspec.Raw | None = None
 
 
-_decode = msgspec.json.Decoder(_Answer).decode
+_decode = msgspec.json.Decoder(list[_Answer]).decode
 
 
 async def pieces(
@@ -110,15 +109,18 @@ class _Stream:
 
     def read(self, events: Sequence[bytes]) -> list[Piece]:
         """What server-sent events say."""
-        found: list[Piece] = []
+        answers = []
         for event in events:
             data = event.removeprefix(b"data:").strip()
             if data == DONE:
                 self.whole = True
                 break
             if data and not data.startswith(b":"):
-                for piece in self._pieces(_read(data)):
-                    _append(found, piece)
+                answers.append(data)
+        found: list[Piece] = []
+        for answer in _read(answers):
+            for piece in self._pieces(answer):
+                _append(found, piece)
         return found + list(self._last.values()) if self.whole else found
 
     def _pieces(self, answer: _Answer) -> list[Piece]:
@@ -143,15 +145,15 @@ class _Stream:
 def _append(found: list[Piece], piece: Piece) -> None:
     """Add what came. Text of one reply that runs on is one piece: who reads it at once has no use for how it was cut."""
     before = found[-1] if found else None
-    runs_on = (
-        before is not None
-        and before.reply == piece.reply
-        and not (before.finish_reason or piece.finish_reason)
-    )
-    if before is None or not runs_on or before.logprobs or piece.logprobs:
+    if before is None or before.reply != piece.reply or _stands_alone(before) or _stands_alone(piece):
         found.append(piece)
     else:
-        found[-1] = piece._replace(text=before.text + piece.text)
+        before.text += piece.text
+        before.completion_tokens = piece.completion_tokens
+
+
+def _stands_alone(piece: Piece) -> bool:
+    return piece.finish_reason is not None or piece.logprobs is not None
 
 
 async def only(found: list[Piece]) -> AsyncIterator[list[Piece]]:
@@ -165,7 +167,7 @@ async def read_whole(response: aiohttp.ClientResponse) -> list[Piece]:
         data = await response.read()
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise gone(error) from error
-    answer = _read(data)
+    [answer] = _read([data])
     return [_piece(answer, choice, answer.usage or NO_USAGE) for choice in answer.choices]
 
 
@@ -184,14 +186,15 @@ async def _received(content: aiohttp.StreamReader) -> bytes:
         raise gone(error) from error
 
 
-def _read(data: bytes) -> _Answer:
+def _read(data: Sequence[bytes]) -> list[_Answer]:
+    """Several at once: what decoding costs is mostly its beginning."""
     try:
-        answer = _decode(data)
+        answers = _decode(b"[%b]" % b",".join(data))
     except msgspec.DecodeError:
         raise EngineUnavailable("The engine gave an answer that cannot be read. Try again.") from None
-    if answer.error is not None:
+    if any(answer.error is not None for answer in answers):
         raise EngineUnavailable("The engine failed while it was answering. Try again.")
-    return answer
+    return answers
 
 
 def _piece(answer: _Answer, choice: _Choice, usage: _Usage) -> Piece:
@@ -212,4 +215,5 @@ def _piece(answer: _Answer, choice: _Choice, usage: _Usage) -> Piece:
 
 
 def _counted(piece: Piece, usage: _Usage) -> Piece:
-    return piece._replace(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens or 0)
+    piece.prompt_tokens, piece.completion_tokens = usage.prompt_tokens, usage.completion_tokens or 0
+    return piece

@@ -18,10 +18,10 @@ LOOK_SECONDS = 0.02
 
 
 class HttpEngine:
-    """Steps that can be held: `models`, `token` (the one that shows health), `probe`, `load`, `unload`, and of a chat `chat` (before
-    its first word), `word` (before its last one) and `end` (after that)."""
+    """Steps that can be held: `models`, `token` (the one that shows health), `probe`, `load`, `unload`, `chat` (before its first word)
+    and `word` (before its last one)."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self) -> None:
         self.url = ""
         self.held = {BASE}
         self.done: list[tuple[str, str]] = []
@@ -29,9 +29,6 @@ class HttpEngine:
         self.num_chats = 0
         self._holding: set[str] = set()
         self._reached: dict[str, threading.Event] = {}
-        self._loop = loop
-        self._connections: list[asyncio.Transport] = []
-        """Those that chats came by."""
 
     def hold(self, *steps: str) -> None:
         """Let calls wait at these steps until they are released."""
@@ -39,14 +36,8 @@ class HttpEngine:
             self._reached[step] = threading.Event()
         self._holding |= set(steps)
 
-    def release(self, *steps: str) -> None:
-        """Let what waits at these steps go on, or at all of them."""
-        self._holding -= set(steps or self._holding)
-
-    def abort(self) -> None:
-        """End the connections of chats at once."""
-        for transport in self._connections:
-            self._loop.call_soon_threadsafe(transport.abort)
+    def release(self) -> None:
+        self._holding.clear()
 
     def wait_until_reached(self, step: str, seconds: float = 30) -> None:
         assert self._reached[step].wait(seconds), f"nobody came to {step}"
@@ -93,8 +84,6 @@ class HttpEngine:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.num_chats += 1
-        assert isinstance(request.transport, asyncio.Transport)
-        self._connections.append(request.transport)
         if body["model"] not in self.held:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         if not body.get("stream"):
@@ -105,9 +94,8 @@ class HttpEngine:
         await self._pass("chat")
         await response.write(_event(_answer(body["model"], "delta", "one ", None)))
         await self._pass("word")
-        await response.write(_event(_answer(body["model"], "delta", "two", None)))
-        await self._pass("end")
-        await response.write(_event(_answer(body["model"], "delta", "", "stop")) + b"data: [DONE]\n\n")
+        await response.write(_event(_answer(body["model"], "delta", "two", "stop")))
+        await response.write(b"data: [DONE]\n\n")
         return response
 
 
@@ -123,8 +111,8 @@ def _event(answer: dict[str, Any]) -> bytes:
 @contextmanager
 def running_http_engine() -> Iterator[HttpEngine]:
     """One that answers, in a thread of its own."""
+    engine = HttpEngine()
     loop = asyncio.new_event_loop()
-    engine = HttpEngine(loop)
     runner = web.AppRunner(engine.application(), shutdown_timeout=1.0)
 
     async def start() -> None:

@@ -3,14 +3,14 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
 import pytest
 
 from service.beat import Beat
-from service.engine import Sampling, VllmEngine
+from service.engine import MANY, Sampling, VllmEngine
 from service.errors import EngineGone, EngineUnavailable
 from service.pieces import Piece, pieces
 from service.policies import BASE
@@ -132,99 +132,73 @@ async def test_a_stream_that_is_not_whole_is_an_error(content: Content, error: t
 async def test_all_who_wait_for_a_beat_go_on_at_the_same_one_and_one_who_leaves_keeps_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    looks = timers(monkeypatch)
-    beat = Beat(0.06, looks=2)
-    first, leaves, last = (asyncio.ensure_future(beat.wait(lambda: False)) for _ in range(3))
-    await asyncio.sleep(0)
+    strikes: list[Callable[[], None]] = []
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "call_later", lambda seconds, strike: strikes.append(strike))
+    beat = Beat(0.05)
+    first, leaves, last = (beat.next() for _ in range(3))
     leaves.cancel()
-    for _ in range(2):
-        assert len(looks) == 1, "one timer for all"
-        assert not first.done()
-        looks.pop()()
-        await asyncio.sleep(0)
+    assert len(strikes) == 1, "one timer for all"
+    assert not first.done()
+    strikes[0]()
     assert first.done()
     assert last.done()
-    assert not looks, "no timer where nobody waits"
-    after = asyncio.ensure_future(beat.wait(lambda: False))
-    await asyncio.sleep(0)
-    looks.pop()()
-    await asyncio.sleep(0)
-    assert not after.done(), "who comes later waits for the next one"
+    after = beat.next()
+    assert len(strikes) == 2, "who comes later waits for the next one"
+    strikes[1]()
+    assert after.done()
 
 
-async def test_whose_wait_is_over_goes_on_at_the_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = timers(monkeypatch)
-    beat = Beat(0.06, looks=3)
-    over: list[str] = []
-    ends, runs = (asyncio.ensure_future(beat.wait(lambda name=name: name in over)) for name in "ab")  # type: ignore[misc]
-    await asyncio.sleep(0)
-    over.append("a")
-    looks.pop()()
-    await asyncio.sleep(0)
-    assert ends.done()
-    assert not runs.done()
-    runs.cancel()
-
-
-def timers(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
-    """What the loop was asked to call later, which it never does."""
-    found: list[Callable[[], None]] = []
-    monkeypatch.setattr(
-        asyncio.get_running_loop(), "call_later", lambda seconds, callback: found.append(callback)
-    )
-    return found
-
-
-@pytest.fixture
-def no_beat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No beat comes within a test, but looks do."""
-    monkeypatch.setattr("service.engine.BEAT_SECONDS", 1000.0)
-    monkeypatch.setattr("service.engine.LOOKS", round(1000.0 / LOOK_SECONDS))
+LONG = 1000.0
+"""Seconds between beats, in which none comes."""
 
 
 @asynccontextmanager
-async def one_stream() -> AsyncIterator[tuple[HttpEngine, AsyncIterator[list[Piece]]]]:
-    """Its last word is held back, and its end."""
+async def one_of(num_requests: int) -> AsyncIterator[tuple[HttpEngine, AsyncIterator[list[Piece]]]]:
+    """One of so many streams of one engine; its last word is held back."""
     deadline = asyncio.get_running_loop().time() + 60
     with running_http_engine() as served:
-        served.hold("word", "end")
-        async with aiohttp.ClientSession() as session:
+        served.hold("word")
+        async with aiohttp.ClientSession() as session, AsyncExitStack() as stack:
             engine = VllmEngine(served.url, session)
-            async with engine.generate(BASE, [], SAMPLING, 1, stream=True, deadline=deadline) as stream:
-                yield served, stream
+            streams = [
+                await stack.enter_async_context(
+                    engine.generate(BASE, [], SAMPLING, 1, stream=True, deadline=deadline)
+                )
+                for _ in range(num_requests)
+            ]
+            yield served, streams[0]
 
 
-@pytest.mark.usefixtures("no_beat")
-async def test_text_waits_for_the_beat_and_the_end_of_a_reply_does_not() -> None:
-    async with one_stream() as (served, stream):
-        found = await anext(stream)
-        rest = asyncio.create_task(collect(stream, found))
-        served.release("word")
-        served.wait_until_reached("end")
-        await asyncio.sleep(10 * LOOK_SECONDS)
-        assert [piece.text for piece in found] == ["one "]
+async def test_where_few_are_answered_the_end_of_a_reply_does_not_wait_for_a_beat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.engine.BEAT_SECONDS", LONG)
+    async with one_of(MANY - 1) as (served, stream):
+        found = []
+        async for each in stream:
+            found += each
+            served.release()
+    assert "".join(piece.text for piece in found) == "one two"
+    assert found[-1].finish_reason == "stop"
+
+
+async def test_where_many_are_answered_nothing_is_received_before_the_beat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.engine.BEAT_SECONDS", LONG)
+    beats: list[Beat] = []
+    start = Beat.__init__
+    monkeypatch.setattr(Beat, "__init__", lambda beat, seconds: (start(beat, seconds), beats.append(beat))[0])
+    async with one_of(MANY) as (served, stream):
+        assert [piece.text for piece in await anext(stream)] == ["one "]
         served.release()
-        async with asyncio.timeout(10):
-            await rest
-    assert [(piece.text, piece.finish_reason) for piece in found] == [
-        ("one ", None),
-        ("two", None),
-        ("", "stop"),
-    ]
+        rest = asyncio.create_task(collect(stream))
+        await asyncio.sleep(10 * LOOK_SECONDS)  # in which the end comes to the socket
+        assert not rest.done()
+        beats[0]._strike()
+        assert "".join(piece.text for piece in await rest) == "two"
 
 
-@pytest.mark.usefixtures("no_beat")
-async def test_an_engine_that_goes_away_is_noticed_before_the_beat() -> None:
-    async with one_stream() as (served, stream):
-        await anext(stream)
-        rest = asyncio.create_task(collect(stream, []))
-        await asyncio.sleep(LOOK_SECONDS)
-        served.abort()
-        async with asyncio.timeout(10):
-            with pytest.raises(EngineGone):
-                await rest
-
-
-async def collect(stream: AsyncIterator[list[Piece]], found: list[Piece]) -> None:
-    async for each in stream:
-        found += each
+async def collect(stream: AsyncIterator[list[Piece]]) -> list[Piece]:
+    return [piece async for each in stream for piece in each]
