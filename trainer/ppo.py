@@ -53,8 +53,8 @@ class PPOSettings:
     iterations: int = 30
     rollouts: int = 256
     """Replies sampled in an iteration."""
-    epochs: int = 3
-    """Passes over an iteration's rollouts."""
+    epochs: int = 6
+    """Passes over an iteration's rollouts. With half of them a manner that users want and the anchor seldom has is not learnt whole."""
     minibatch: int = 64
     """Sequences in an optimiser step."""
     microbatch: int = 32

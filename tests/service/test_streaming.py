@@ -1,20 +1,23 @@
 """Streams that end early: the service stops, or the client does not read."""
 
+import asyncio
 import json
 import socket
 
 import httpx
 import pytest
+from starlette.responses import Response
+from starlette.types import Message
 
 from service import streaming
 from service.settings import Settings
 from tests.service.conftest import Rows, Serve, address_of, ask, running, wait_until
 from tests.service.fake_engine import FakeEngine
 
-pytestmark = pytest.mark.database
 CHAT = "/v1/chat/completions"
 
 
+@pytest.mark.database
 def test_a_service_that_is_asked_to_stop_lets_running_replies_end(prepared: Settings, rows: Rows) -> None:
     engine = FakeEngine(replies=("one two three four five",), pause_seconds=0.3)
     with (
@@ -31,6 +34,7 @@ def test_a_service_that_is_asked_to_stop_lets_running_replies_end(prepared: Sett
     assert rows("SELECT content, finish_reason FROM replies") == [("one two three four five", "stop")]
 
 
+@pytest.mark.database
 def test_a_client_that_does_not_read_is_cut_off(
     serve: Serve, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,3 +53,55 @@ def test_a_client_that_does_not_read_is_cut_off(
     assert reason in ("abort", "error")
     engine.replies = ("fine",)
     assert client.post(CHAT, json=ask(max_tokens=1)).status_code == 200
+
+
+class Client:
+    """What a server receives of one that has sent its request."""
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+
+    async def receive(self) -> Message:
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+
+async def test_work_whose_client_goes_is_cancelled_and_whoever_asked_for_it_goes_on() -> None:
+    client = Client()
+    asked = asyncio.create_task(streaming.until_gone(client.receive, never()))
+    await asyncio.sleep(0)
+    client.gone.set()
+    assert (await asked).status_code == streaming.CLIENT_CLOSED
+    assert not asked.cancelling()
+
+
+async def test_a_client_that_goes_once_the_work_is_done_disturbs_nobody() -> None:
+    client = Client()
+
+    async def work() -> Response:
+        client.gone.set()
+        return Response("done")
+
+    assert (await streaming.until_gone(client.receive, work())).body == b"done"
+    for _ in range(5):
+        await asyncio.sleep(0)  # is not cancelled
+
+
+@pytest.mark.parametrize("client_goes_too", [False, True])
+async def test_whoever_is_cancelled_while_the_work_runs_is_told(client_goes_too: bool) -> None:
+    client = Client()
+    asked = asyncio.create_task(streaming.until_gone(client.receive, never()))
+    await asyncio.sleep(0)
+    if client_goes_too:
+        client.gone.set()
+        for _ in range(2):
+            await asyncio.sleep(0)
+        assert asked.cancelling()
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+
+
+async def never() -> Response:
+    await asyncio.Event().wait()
+    raise AssertionError
