@@ -54,7 +54,7 @@ class PPOSettings:
     rollouts: int = 256
     """Replies sampled in an iteration."""
     epochs: int = 6
-    """Passes over an iteration's rollouts. With half of them a manner that users want and the anchor seldom has is not learnt whole."""
+    """Passes over an iteration's rollouts. Half of them learn a manner that users want and the anchor seldom has by half."""
     minibatch: int = 64
     """Sequences in an optimiser step."""
     microbatch: int = 32
@@ -68,9 +68,7 @@ class PPOSettings:
     warmup: int = 3
     """Iterations over which the learning rate rises to its full: a fresh Adam takes steps of full size in any direction, which has
     ruined a policy that was good already, and the value has to be fit first."""
-    clip_below: float = 0.2
-    clip_above: float = 0.2
-    """More lets a rare token that pays grow faster: 0.8 finds a manner that users want and the anchor seldom has, and forgets more."""
+    clip: float = 0.2
     discount: float = 1.0
     trace: float = 0.95
     """lambda of generalised advantage estimation."""
@@ -271,13 +269,12 @@ class PPO:
 
     def _update(self, minibatch: Sequence[Microbatch]) -> float:
         """One optimiser step on the mean loss over the minibatch's tokens. Returns the share of clipped tokens."""
-        settings = self.settings
         num_tokens = self.team.sum(torch.stack([part.mask.sum() for part in minibatch]).sum())
         total_loss, num_clipped = 0.0, 0.0
         for part in minibatch:
-            logprobs = self.roles.logprobs(part.batch, settings.temperature)
+            logprobs = self.roles.logprobs(part.batch, self.settings.temperature)
             losses, clipped = ppo_math.policy_loss(
-                logprobs, part.old, part.advantages, part.mask, settings.clip_below, settings.clip_above
+                logprobs, part.old, part.advantages, part.mask, self.settings.clip
             )
             loss = losses.sum() / num_tokens
             loss.backward()  # type: ignore[no-untyped-call]

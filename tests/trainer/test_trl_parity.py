@@ -135,7 +135,6 @@ def test_clipped_policy_loss(update: dict[str, Any]) -> None:
         stored.noisy("mb_advantage"),
         mask,
         SETTINGS["cliprange"],
-        SETTINGS["cliprange"],
     )
     close(losses, stored["pg_loss_max"] * mask)
     assert torch.equal(clipped, (stored["pg_losses2"] > stored["pg_losses"]) * mask)
