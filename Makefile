@@ -37,7 +37,7 @@ check: ## formatting, lint, types and the quick tests
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -q -m "not database and not engine and not browser"
 
-bench-gateway: ## Ratchet beside bare vLLM, LiteLLM and TensorZero, in 20 minutes; PART=mock or vllm, ROUNDS=5
+bench-gateway: ## Ratchet beside bare vLLM, LiteLLM and TensorZero, in half an hour; PART=mock or vllm, ROUNDS=5
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.gateway $(PART) $(if $(ROUNDS),--rounds $(ROUNDS))
 
