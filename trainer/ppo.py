@@ -53,8 +53,8 @@ class PPOSettings:
     iterations: int = 30
     rollouts: int = 256
     """Replies sampled in an iteration."""
-    epochs: int = 6
-    """Passes over an iteration's rollouts. Half of them learn a manner that users want and the anchor seldom has by half."""
+    epochs: int = 3
+    """Passes over an iteration's rollouts."""
     minibatch: int = 64
     """Sequences in an optimiser step."""
     microbatch: int = 32
