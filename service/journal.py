@@ -242,9 +242,9 @@ class Journal:
             self._connection = await psycopg.AsyncConnection.connect(
                 self._conninfo, autocommit=True, connect_timeout=CONNECT_SECONDS
             )
+            self._cursor = self._connection.cursor()
             # STORE is planned once. On a new database that would be for tables which are empty, and by reading them whole,
             # until PostgreSQL next looks at their size: a minute in which they may grow by tens of thousands of replies.
-            self._cursor = self._connection.cursor()
             await self._cursor.execute("SET enable_seqscan = off")
         return self._connection
 

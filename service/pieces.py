@@ -109,16 +109,16 @@ class _Stream:
 
     def read(self, events: Sequence[bytes]) -> list[Piece]:
         """What server-sent events say."""
-        answers = []
+        said: list[bytes] = []
         for event in events:
             data = event.removeprefix(b"data:").strip()
             if data == DONE:
                 self.whole = True
                 break
             if data and not data.startswith(b":"):
-                answers.append(data)
+                said.append(data)
         found: list[Piece] = []
-        for answer in _read(answers):
+        for answer in _read(said):
             for piece in self._pieces(answer):
                 _append(found, piece)
         return found + list(self._last.values()) if self.whole else found
