@@ -6,7 +6,7 @@ Used by `fleet.py` (health, loading, probing) and `chat.py` (generation).
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import aiohttp
 import msgspec
 
-from service.beat import Beat, Rest
 from service.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -24,6 +23,7 @@ from service.errors import (
     PolicyNotLoaded,
     PolicyRefused,
 )
+from service.pace import Pace
 from service.pieces import Piece, gone, only, pieces, read_whole
 
 CONNECT_SECONDS = 2.0
@@ -35,12 +35,9 @@ TOKEN_SECONDS = 30.0
 """For one token: a busy engine, or one that compiles a kernel, takes long; a hung one takes for ever."""
 LOAD_SECONDS = 120.0
 READ_BYTES = 1 << 18
-BEAT_SECONDS = 0.04
-"""What has come goes on so often, after a reply's first token: a token by itself costs as much as several together, and where engine
-and service share cores, the engine pays for it."""
-MANY = 16
-"""Requests that one engine answers at once, from which on nothing is even received between beats. With fewer, a reply's end is worth
-more: its client may be waiting to ask the next question."""
+CHUNK_SECONDS = 0.04
+"""A stream comes in chunks of about so long after its first token: a token by itself costs as much as several together, here and in
+vLLM's own server."""
 JSON_HEADERS = {"content-type": "application/json"}
 
 
@@ -137,7 +134,7 @@ class VllmEngine:
         self._opening: set[asyncio.Timeout] = set()
         """Of requests that have no answer yet."""
         self._answering: set[aiohttp.StreamReader] = set()
-        self._beat = Beat(BEAT_SECONDS)
+        self._pace = Pace()
 
     @asynccontextmanager
     async def generate(
@@ -150,7 +147,9 @@ class VllmEngine:
         stream: bool,
         deadline: float,
     ) -> AsyncIterator[AsyncIterator[list[Piece]]]:
-        body = _body(self._served_name(policy), messages, sampling, count, stream) | {"cache_salt": policy}
+        body = _body(self._served_name(policy), messages, sampling, count) | {"cache_salt": policy}
+        if stream:
+            body |= _streamed(self._pace.tokens_in(CHUNK_SECONDS))
         response = await self._open("/v1/chat/completions", body)
         # One alarm for the whole reply: a timeout around each read cost a tenth of a streamed token's time.
         alarm = asyncio.get_running_loop().call_at(
@@ -164,18 +163,13 @@ class VllmEngine:
             if response.status != HTTPStatus.OK:
                 raise _refusal(response.status, _message_of(await response.text()), policy)
             if stream:
-                yield pieces(response.content, self._rests(response))
+                yield pieces(response.content, count, self._pace)
             else:
                 yield only(await read_whole(response))
         finally:
             self._answering.discard(response.content)
             alarm.cancel()
             response.close()  # before the end: vLLM sees it and aborts the generation
-
-    def _rests(self, response: aiohttp.ClientResponse) -> Callable[[], Awaitable[None]]:
-        """What a stream does between two reads."""
-        rest = Rest(self._beat, response)
-        return lambda: rest.deaf() if len(self._answering) >= MANY else rest.listening()
 
     async def _open(self, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS)
@@ -276,9 +270,7 @@ def _end(content: aiohttp.StreamReader, error: Exception) -> None:
         content.set_exception(error)
 
 
-def _body(
-    model: str, messages: Sequence[Message], sampling: Sampling, count: int, stream: bool
-) -> dict[str, Any]:
+def _body(model: str, messages: Sequence[Message], sampling: Sampling, count: int) -> dict[str, Any]:
     """What the engine is asked. Nothing else of a client's request gets there."""
     body: dict[str, Any] = {
         "model": model,
@@ -296,13 +288,13 @@ def _body(
         body["seed"] = sampling.seed
     if sampling.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": sampling.logprobs}
-    if stream:
-        # What ends with the stream, its last chunk can count; of several replies each ends at its own time.
-        body |= {
-            "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": count > 1},
-        }
     return body
+
+
+def _streamed(chunk_tokens: int) -> dict[str, Any]:
+    """The part of a body that asks for a stream, of which each chunk says how many tokens its reply has so far."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    return {"stream": True, "stream_options": options, "stream_interval": chunk_tokens}
 
 
 def _refusal(status: int, message: str, policy: str) -> BadRequest | EngineUnavailable:

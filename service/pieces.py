@@ -1,17 +1,17 @@
 """What an engine's answer adds to its replies, piece by piece: reads vLLM's streams and whole answers. Used by `engine.py`."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 
 import aiohttp
 import msgspec
 
 from service.errors import EngineGone, EngineUnavailable, EngineUnreachable, RatchetError
+from service.pace import Pace
 
 FINISHED = ("stop", "length")
 DONE = b"[DONE]"
-MOST_AT_ONCE = 64
-"""Chunks that are handed on together where many have come."""
 
 
 class Piece(msgspec.Struct, gc=False):
@@ -24,7 +24,7 @@ class Piece(msgspec.Struct, gc=False):
     prompt_tokens: int
     """0 where the engine has not said yet."""
     completion_tokens: int
-    """Of that reply so far; at least, until it has ended."""
+    """Of that reply so far."""
     model: str
     logprobs: bytes | None = None
     """OpenAI's `logprobs` object of this piece, as JSON."""
@@ -64,82 +64,45 @@ class _Answer(msgspec.Struct):
 _decode = msgspec.json.Decoder(list[_Answer]).decode
 
 
-async def pieces(
-    content: aiohttp.StreamReader, rest: Callable[[], Awaitable[None]]
-) -> AsyncIterator[list[Piece]]:
-    """The chunks of one SSE stream: the first token as it comes, and then what has come after each rest.
+async def pieces(content: aiohttp.StreamReader, count: int, pace: Pace) -> AsyncIterator[list[Piece]]:
+    """The chunks of one SSE stream of `count` replies; those together that came together.
 
-    Raises EngineUnavailable for an error, an abort, an early end.
+    Notes in `pace` how fast it was. Raises EngineUnavailable for an error, an abort, an early end.
     """
     partial = b""
-    stream = _Stream()
-    most = 1  # the first token goes on at once, however much has come with it
+    running = count
+    began: float | None = None
     while received := await _received(content):
         *events, partial = (partial + received).split(b"\n\n")
-        while events:
-            found = stream.read(events[:most])
-            if found:
-                yield found
-            if stream.whole:
-                with suppress(RatchetError):  # the reply is whole, whatever comes now
-                    await _received(content)  # the end of the body: the connection can serve the next request
-                return
-            del events[:most]
-            if most == 1 and any(piece.text for piece in found):
-                most = MOST_AT_ONCE
-        if most > 1 and not stream.ends:
-            await rest()
+        found = _found(events)
+        if began is None and any(piece.text for piece in found):
+            began = time.monotonic()
+        running -= sum(piece.finish_reason is not None for piece in found)
+        if not running and began is not None:
+            pace.note(found[-1].completion_tokens, time.monotonic() - began)
+        if found:
+            yield found
+        if not running:
+            await _read_to_end(content)
+            return
     raise EngineGone("The engine went away while it was answering. Try again.")
 
 
-class _Stream:
-    """How far one SSE stream has been read.
+async def _read_to_end(content: aiohttp.StreamReader) -> None:
+    """So that the connection can serve the next request. The replies are whole, whatever comes now."""
+    with suppress(RatchetError):
+        while await _received(content):
+            pass
 
-    Tokens are counted in each chunk or, where one reply is streamed, after its end: its last piece waits for that.
-    """
 
-    def __init__(self) -> None:
-        self.whole = False
-        """Whether it has come to its end."""
-        self.ends = False
-        """Whether a reply has ended uncounted: the rest comes at once."""
-        self._last: dict[int, Piece] = {}
-        """Of each reply that has ended uncounted."""
-        self._chunks: dict[int, int] = {}
-
-    def read(self, events: Sequence[bytes]) -> list[Piece]:
-        """What server-sent events say."""
-        said: list[bytes] = []
-        for event in events:
-            data = event.removeprefix(b"data:").strip()
-            if data == DONE:
-                self.whole = True
-                break
-            if data and not data.startswith(b":"):
-                said.append(data)
-        found: list[Piece] = []
-        for answer in _read(said):
-            for piece in self._pieces(answer):
-                _append(found, piece)
-        return found + list(self._last.values()) if self.whole else found
-
-    def _pieces(self, answer: _Answer) -> list[Piece]:
-        if answer.usage is not None:
-            if len(self._last) == 1 and not answer.choices:
-                _, last = self._last.popitem()
-                return [_counted(last, answer.usage)]
-            return [_piece(answer, choice, answer.usage) for choice in answer.choices]
-        found = []
+def _found(events: Sequence[bytes]) -> list[Piece]:
+    """What server-sent events say."""
+    said = (event.removeprefix(b"data:").strip() for event in events)
+    found: list[Piece] = []
+    for answer in _read([data for data in said if data and data != DONE and not data.startswith(b":")]):
         for choice in answer.choices:
-            so_far = self._chunks.get(choice.index, 0) + bool(choice.delta.content)
-            self._chunks[choice.index] = so_far
-            piece = _piece(answer, choice, _Usage(0, so_far))
-            if piece.finish_reason is None:
-                found.append(piece)
-            else:
-                self._last[choice.index] = piece
-                self.ends = True
-        return found
+            _append(found, _piece(answer, choice))
+    return found
 
 
 def _append(found: list[Piece], piece: Piece) -> None:
@@ -168,7 +131,7 @@ async def read_whole(response: aiohttp.ClientResponse) -> list[Piece]:
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         raise gone(error) from error
     [answer] = _read([data])
-    return [_piece(answer, choice, answer.usage or NO_USAGE) for choice in answer.choices]
+    return [_piece(answer, choice) for choice in answer.choices]
 
 
 def gone(error: Exception) -> EngineGone:
@@ -197,10 +160,11 @@ def _read(data: Sequence[bytes]) -> list[_Answer]:
     return answers
 
 
-def _piece(answer: _Answer, choice: _Choice, usage: _Usage) -> Piece:
+def _piece(answer: _Answer, choice: _Choice) -> Piece:
     reason = choice.finish_reason
     if reason is not None and reason not in FINISHED:
         raise EngineUnavailable("The engine stopped before the answer was whole. Try again.")
+    usage = answer.usage or NO_USAGE
     logprobs = bytes(choice.logprobs)
     return Piece(
         choice.index,
@@ -212,8 +176,3 @@ def _piece(answer: _Answer, choice: _Choice, usage: _Usage) -> Piece:
         answer.model,
         None if logprobs == b"null" else logprobs,
     )
-
-
-def _counted(piece: Piece, usage: _Usage) -> Piece:
-    piece.prompt_tokens, piece.completion_tokens = usage.prompt_tokens, usage.completion_tokens or 0
-    return piece

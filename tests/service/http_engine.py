@@ -26,7 +26,8 @@ class HttpEngine:
         self.held = {BASE}
         self.done: list[tuple[str, str]] = []
         """What was loaded and unloaded."""
-        self.num_chats = 0
+        self.chats: list[dict[str, Any]] = []
+        """What was asked of it."""
         self._holding: set[str] = set()
         self._reached: dict[str, threading.Event] = {}
 
@@ -83,7 +84,7 @@ class HttpEngine:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.num_chats += 1
+        self.chats.append(body)
         if body["model"] not in self.held:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         if not body.get("stream"):

@@ -13,6 +13,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from service.engine import Message, Sampling, VllmEngine
+from service.pieces import Piece
 from service.policies import BASE
 from tests.engine import MOST_ADAPTERS
 from tests.service.conftest import Rows, Serve, publish, wait_until
@@ -79,6 +80,35 @@ def test_every_token_has_a_log_probability_also_one_that_is_half_a_character(ser
     assert any(chunk.choices[0].logprobs and not chunk.choices[0].delta.content for chunk in chunks)
     assert last.usage is not None
     assert len(reported) == last.usage.completion_tokens
+
+
+async def test_the_engine_sends_as_many_tokens_together_as_it_is_asked_for(vllm: str) -> None:
+    sampling = Sampling(40, 1.0, 1.0, 0.0, (), 3, 0.0, 0.0, logprobs=0)
+    deadline = asyncio.get_running_loop().time() + 60
+    replies = []
+    async with aiohttp.ClientSession() as session:
+        engine = VllmEngine(vllm, session)
+        for _ in range(2):
+            message = [Message("user", "what colour is a lemon?")]
+            async with engine.generate(BASE, message, sampling, 1, stream=True, deadline=deadline) as pieces:
+                replies.append([piece async for found in pieces for piece in found])
+            engine._pace.note(1000, 0.0)  # as fast as can be
+    one_by_one, together = replies
+    # Fewer chunks may come where vLLM's own server lags behind, but none between.
+    assert {piece.completion_tokens for piece in together} <= {0, 1, 17, 33, 40}
+    assert len({piece.completion_tokens for piece in one_by_one}) > 10
+    assert "".join(piece.text for piece in one_by_one) == "".join(piece.text for piece in together)
+    assert _tokens(one_by_one) == _tokens(together)
+
+
+def _tokens(pieces: list[Piece]) -> list[str]:
+    """Those that have a log-probability."""
+    return [
+        token["token"]
+        for piece in pieces
+        if piece.logprobs
+        for token in json.loads(piece.logprobs)["content"]
+    ]
 
 
 def test_the_official_client_gets_two_replies_and_its_vote_is_stored(

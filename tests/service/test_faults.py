@@ -66,12 +66,12 @@ def test_what_waits_at_a_hanging_engine_is_answered_by_another(
         assert answer.status_code == 200
         assert "two" in answer.text
         assert "error" not in answer.text
-        assert (hanging.num_chats, sound.num_chats) == (1, 1)
+        assert (len(hanging.chats), len(sound.chats)) == (1, 1)
         wait_until(
             lambda: [row["healthy"] for row in client.get("/operator/replicas").json()] == [False, True]
         )
         assert client.post(CHAT, json=ask()).status_code == 200
-        assert hanging.num_chats == 1
+        assert len(hanging.chats) == 1
         hanging.release()
         wait_until(lambda: all(row["healthy"] for row in client.get("/operator/replicas").json()))
 

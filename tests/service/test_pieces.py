@@ -2,19 +2,18 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
 
-from service.beat import Beat
-from service.engine import MANY, Sampling, VllmEngine
+from service.engine import Sampling, VllmEngine
 from service.errors import EngineGone, EngineUnavailable
+from service.pace import MOST_TOKENS, Pace
 from service.pieces import Piece, pieces
 from service.policies import BASE
-from tests.service.http_engine import LOOK_SECONDS, HttpEngine, running_http_engine
+from tests.service.http_engine import running_http_engine
 
 SAMPLING = Sampling(8, 1.0, 1.0, 0.0, (), None, 0.0, 0.0)
 
@@ -50,35 +49,39 @@ def event(answer: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(answer).encode() + b"\n\n"
 
 
-async def read(content: Content) -> tuple[list[list[Piece]], int]:
-    """The pieces that came together, and the number of rests."""
-    rests = 0
-
-    async def rest() -> None:
-        nonlocal rests
-        rests += 1
-
-    return [found async for found in pieces(content, rest)], rests  # type: ignore[arg-type]
+async def read(content: Content, count: int = 1) -> list[list[Piece]]:
+    """The pieces of so many replies that came together."""
+    return [found async for found in pieces(content, count, Pace())]  # type: ignore[arg-type]
 
 
-async def test_a_reply_that_is_counted_after_its_end_ends_with_its_counts() -> None:
-    content = Content(chunk(""), chunk("one "), chunk("two"), chunk("", "stop"), counts(7, 3), DONE)
-    found, _ = await read(content)
-    assert [(p.text, p.finish_reason) for each in found for p in each] == [
-        ("", None),
-        ("one ", None),
-        ("two", None),
-        ("", "stop"),
-    ]
-    assert (found[-1][0].prompt_tokens, found[-1][0].completion_tokens) == (7, 3)
-    assert [each[0].completion_tokens for each in found[:-1]] == [0, 1, 2], (
-        "what is known if it is cut off here"
+async def test_a_reply_is_counted_as_it_comes_and_ends_with_its_last_chunk() -> None:
+    content = Content(
+        chunk("", usage=(7, 0)),
+        chunk("one ", usage=(7, 1)),
+        chunk("two three", usage=(7, 3)),
+        chunk("", "stop", (7, 4)),
+        counts(7, 4),
+        DONE,
     )
+    found = await read(content)
+    assert found == [
+        [Piece(0, "", None, 7, 0, "m")],
+        [Piece(0, "one ", None, 7, 1, "m")],
+        [Piece(0, "two three", None, 7, 3, "m")],
+        [Piece(0, "", "stop", 7, 4, "m")],
+    ]
+    assert not content.reads, "the connection can serve the next request"
 
 
 async def test_replies_that_are_never_counted_end_all_the_same() -> None:
-    found, _ = await read(Content(chunk("one"), chunk(" two", "length") + chunk("a", "stop", reply=1) + DONE))
-    assert found[-1] == [Piece(0, " two", "length", 0, 2, "m"), Piece(1, "a", "stop", 0, 1, "m")]
+    content = Content(chunk("one"), chunk(" two", "length") + chunk("a", "stop", reply=1) + DONE)
+    found = await read(content, 2)
+    assert found[-1] == [Piece(0, " two", "length", 0, 0, "m"), Piece(1, "a", "stop", 0, 0, "m")]
+
+
+async def test_what_befalls_a_stream_whose_replies_have_ended_is_nothing_to_them() -> None:
+    found = await read(Content(chunk("one", "stop", (7, 1))))
+    assert found == [[Piece(0, "one", "stop", 7, 1, "m")]]
 
 
 async def test_of_several_replies_each_ends_at_its_own_time() -> None:
@@ -89,7 +92,7 @@ async def test_of_several_replies_each_ends_at_its_own_time() -> None:
         counts(7, 4),
         DONE,
     )
-    found, _ = await read(content)
+    found = await read(content, 2)
     assert [(p.reply, p.finish_reason, p.completion_tokens) for each in found for p in each] == [
         (0, None, 1),
         (1, "stop", 2),
@@ -97,107 +100,48 @@ async def test_of_several_replies_each_ends_at_its_own_time() -> None:
     ]
 
 
-async def test_the_first_token_goes_on_by_itself_and_what_has_come_with_it_follows() -> None:
-    content = Content(
-        chunk(""), chunk("a") + chunk("b") + chunk("c"), chunk("d") + chunk("e"), chunk("", "stop") + DONE
+async def test_what_has_come_together_goes_on_together() -> None:
+    found = await read(
+        Content(
+            chunk("") + chunk("a"),
+            chunk("b") + chunk("c") + chunk("d")[:9],
+            chunk("d")[9:],
+            chunk("", "stop"),
+        )
     )
-    found, _ = await read(content)
-    assert [[p.text for p in each] for each in found] == [[""], ["a"], ["bc"], ["de"], [""]]
-
-
-async def test_a_stream_rests_between_reads_from_its_first_token_to_its_end() -> None:
-    found, rests = await read(
-        Content(chunk(""), chunk("a"), chunk("b"), chunk("", "stop"), counts(7, 2), DONE)
-    )
-    assert [p.text for each in found for p in each] == ["", "a", "b", ""]
-    assert rests == 2, "after each of the tokens, not before the first, nor after the end"
+    assert [[p.text for p in each] for each in found] == [["a"], ["bc"], ["d"], [""]]
 
 
 @pytest.mark.parametrize(
     ("content", "error"),
     [
         (Content(chunk("a")), EngineGone),
-        (Content(chunk("a"), chunk("b", "stop")), EngineGone),
+        (Content(chunk("a"), DONE), EngineGone),
         (Content(chunk("a"), chunk("", "abort"), DONE), EngineUnavailable),
         (Content(chunk("a"), event({"error": {"message": "out of memory"}})), EngineUnavailable),
         (Content(b"data: {\n\n"), EngineUnavailable),
     ],
-    ids=["early end", "early end, uncounted", "aborted", "error", "unreadable"],
+    ids=["early end", "no end", "aborted", "error", "unreadable"],
 )
 async def test_a_stream_that_is_not_whole_is_an_error(content: Content, error: type[Exception]) -> None:
     with pytest.raises(error):
         await read(content)
 
 
-async def test_all_who_wait_for_a_beat_go_on_at_the_same_one_and_one_who_leaves_keeps_nobody(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    strikes: list[Callable[[], None]] = []
-    loop = asyncio.get_running_loop()
-    monkeypatch.setattr(loop, "call_later", lambda seconds, strike: strikes.append(strike))
-    beat = Beat(0.05)
-    first, leaves, last = (beat.next() for _ in range(3))
-    leaves.cancel()
-    assert len(strikes) == 1, "one timer for all"
-    assert not first.done()
-    strikes[0]()
-    assert first.done()
-    assert last.done()
-    after = beat.next()
-    assert len(strikes) == 2, "who comes later waits for the next one"
-    strikes[1]()
-    assert after.done()
+async def test_one_of_two_replies_that_does_not_end_is_an_error() -> None:
+    with pytest.raises(EngineGone):
+        await read(Content(chunk("a", "stop") + chunk("b", reply=1)), 2)
 
 
-LONG = 1000.0
-"""Seconds between beats, in which none comes."""
-
-
-@asynccontextmanager
-async def one_of(num_requests: int) -> AsyncIterator[tuple[HttpEngine, AsyncIterator[list[Piece]]]]:
-    """One of so many streams of one engine; its last word is held back."""
+async def test_a_stream_is_asked_for_in_chunks_as_large_as_the_last_ones_were_fast() -> None:
     deadline = asyncio.get_running_loop().time() + 60
     with running_http_engine() as served:
-        served.hold("word")
-        async with aiohttp.ClientSession() as session, AsyncExitStack() as stack:
+        async with aiohttp.ClientSession() as session:
             engine = VllmEngine(served.url, session)
-            streams = [
-                await stack.enter_async_context(
-                    engine.generate(BASE, [], SAMPLING, 1, stream=True, deadline=deadline)
-                )
-                for _ in range(num_requests)
-            ]
-            yield served, streams[0]
-
-
-async def test_where_few_are_answered_the_end_of_a_reply_does_not_wait_for_a_beat(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("service.engine.BEAT_SECONDS", LONG)
-    async with one_of(MANY - 1) as (served, stream):
-        found = []
-        async for each in stream:
-            found += each
-            served.release()
-    assert "".join(piece.text for piece in found) == "one two"
-    assert found[-1].finish_reason == "stop"
-
-
-async def test_where_many_are_answered_nothing_is_received_before_the_beat(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("service.engine.BEAT_SECONDS", LONG)
-    beats: list[Beat] = []
-    start = Beat.__init__
-    monkeypatch.setattr(Beat, "__init__", lambda beat, seconds: (start(beat, seconds), beats.append(beat))[0])
-    async with one_of(MANY) as (served, stream):
-        assert [piece.text for piece in await anext(stream)] == ["one "]
-        served.release()
-        rest = asyncio.create_task(collect(stream))
-        await asyncio.sleep(10 * LOOK_SECONDS)  # in which the end comes to the socket
-        assert not rest.done()
-        beats[0]._strike()
-        assert "".join(piece.text for piece in await rest) == "two"
+            for stream in (True, True, False):
+                async with engine.generate(BASE, [], SAMPLING, 1, stream=stream, deadline=deadline) as found:
+                    await collect(found)
+    assert [body.get("stream_interval") for body in served.chats] == [1, MOST_TOKENS, None]
 
 
 async def collect(stream: AsyncIterator[list[Piece]]) -> list[Piece]:
