@@ -62,11 +62,12 @@ bench-duel: ## simulated duels: how often they err with a look after every vote,
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.duel $(if $(DUELS),--duels $(DUELS))
 
-bench-learning: ## what is learnt from 450 noisy votes by ours, TRL's PPO and DPO, best-of-16, in hours; TASTES="warm brief thorough" SEEDS="0 1 2 3 4" METHODS="ours best-of-16" VOTES=225 FLIP=0.25 CYCLES=5
+bench-learning: ## what is learnt from 450 noisy votes by ours, TRL's PPO and DPO, best-of-16, in hours; TASTES="warm brief thorough" SEEDS="0 1 2 3 4" METHODS="ours best-of-16" VOTES=225 FLIP=0.25 CYCLES=5 RESUME=1
 	@sh deploy/setup.sh test
 	@sh deploy/setup.sh trl
 	@exec $(PYTHON) -m tests.benchmarks.learning $(if $(TASTES),--tastes $(TASTES)) $(if $(SEEDS),--seeds $(SEEDS)) \
-		$(if $(METHODS),--methods $(METHODS)) $(if $(VOTES),--votes $(VOTES)) $(if $(FLIP),--flip $(FLIP)) $(if $(CYCLES),--cycles $(CYCLES))
+		$(if $(METHODS),--methods $(METHODS)) $(if $(VOTES),--votes $(VOTES)) $(if $(FLIP),--flip $(FLIP)) $(if $(CYCLES),--cycles $(CYCLES)) \
+		$(if $(RESUME),--resume)
 
 bench-swap: ## 20 swaps under 32 streams: failed and mixed replies, gaps, delays; beside reloading in place and restarting; TURNS=10
 	@sh deploy/setup.sh test

@@ -2,7 +2,8 @@
 
 Each setting: a taste and a seed; its users vote on the starter's replies; each method learns from the same votes with as many
 samples; then all answer the same questions, which the taste scores. What a method may not see: the taste, the questions.
-With `--cycles`, ours alone goes on from its own policies. Writes Markdown to standard output, and all runs to `results/`.
+With `--cycles`, ours alone goes on from its own policies. Writes Markdown to standard output, and all runs to `results/`; each as
+soon as it has ended, so that `--resume` goes on where it was cut off (as long as neither starter nor methods have changed).
 """
 
 import argparse
@@ -10,13 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
+from tests.benchmarks.kept import Kept, Key
 from tests.benchmarks.learning_cycles import Step, go_on
 from tests.benchmarks.learning_methods import METHODS, RANK, Lesson, RewardQuality, our_reward, trl_reward
 from tests.benchmarks.learning_report import (
@@ -28,8 +31,8 @@ from tests.benchmarks.learning_report import (
     show_run_head,
     show_steps,
 )
-from tests.benchmarks.learning_users import NUM_QUESTIONS, draw_votes, judge
-from tests.benchmarks.tables import write_results
+from tests.benchmarks.learning_users import NUM_QUESTIONS, Judged, SimulatedVote, draw_votes, judge
+from tests.benchmarks.tables import RESULTS, write_results
 from trainer.models import Roles
 from trainer.tastes import TASTES, find_taste
 
@@ -47,41 +50,90 @@ def main() -> None:
     starter = make_starter(options.state)
     turned = f", {options.flip:.0%} of them turned round" if options.flip else ""
     print(f"{options.votes} votes{turned}; {NUM_QUESTIONS} questions to each policy\n")
-    figures = _cycles(options, starter) if options.cycles else _compare(options, starter)
+    name = f"{options.name}-cycles" if options.cycles else options.name
+    kept = Kept(RESULTS / f"{name}.jsonl", resume=options.resume)
+    figures = _cycles(options, starter, kept) if options.cycles else _compare(options, starter, kept)
     asked = {"votes": options.votes, "flip": options.flip}
     told = {name: [asdict(each) for each in several] for name, several in figures.items()}
-    write_results(f"{options.name}-cycles" if options.cycles else options.name, asked | told)
+    write_results(name, asked | told)
 
 
-def _compare(options: argparse.Namespace, starter: Path) -> dict[str, Sequence[Run | RewardRun]]:
+def _compare(options: argparse.Namespace, starter: Path, kept: Kept) -> dict[str, Sequence[Run | RewardRun]]:
     """Every method in every setting."""
     runs: list[Run] = []
     rewards: list[RewardRun] = []
     show_run_head()
     for taste, seed in _settings(options):
         with _lesson(starter, taste, seed, options) as lesson:
-            before = judge(Roles.load(starter, RANK), lesson.taste, seed, draw=0)
-            for method, quality in _reward_models(lesson, options.methods):
-                rewards.append(RewardRun(taste, seed, method, quality))
-            for method in options.methods:
-                began = time.monotonic()
-                after, remark = METHODS[method](lesson)
-                seconds = time.monotonic() - began
-                runs.append(Run.of(taste, seed, method, before, after, seconds, remark))
-                show_run(runs[-1])
+            rewards += _measure_reward_models(lesson, taste, options.methods, kept)
+            for run in _learn(lesson, taste, options.methods, kept):
+                show_run(run)
+                runs.append(run)
     print(f"\n{method_summary(runs)}\n{reward_summary(rewards)}")
     return {"runs": runs, "rewards": rewards}
 
 
-def _cycles(options: argparse.Namespace, starter: Path) -> dict[str, Sequence[Step]]:
+def _learn(lesson: Lesson, taste: str, methods: Sequence[str], kept: Kept) -> Iterator[Run]:
+    """By each method, in one setting."""
+
+    @cache
+    def before() -> Judged:
+        return judge(Roles.load(lesson.starter, RANK), lesson.taste, lesson.seed, draw=0)
+
+    def work(method: str) -> Run:
+        began = time.monotonic()
+        after, remark = METHODS[method](lesson)
+        seconds = time.monotonic() - began
+        return Run.of(taste, lesson.seed, method, before(), after, seconds, remark)
+
+    for method in methods:
+        yield kept.get(_key(lesson, taste, method), Run, partial(work, method))
+
+
+def _measure_reward_models(
+    lesson: Lesson, taste: str, methods: Sequence[str], kept: Kept
+) -> Iterator[RewardRun]:
+    """On fresh votes, of which none is turned round."""
+
+    @cache
+    def fresh() -> list[SimulatedVote]:
+        return draw_votes(Roles.load(lesson.starter, RANK), lesson.taste, NUM_FRESH, lesson.seed + APART)
+
+    measures = {"ours": our_reward}
+    if any(method.startswith("trl") for method in methods):
+        measures["TRL"] = trl_reward
+    for name, measure in measures.items():
+        key = _key(lesson, taste, "reward model", name)
+        quality = kept.get(key, RewardQuality, partial(_measure, measure, lesson, fresh))
+        yield RewardRun(taste, lesson.seed, name, quality)
+
+
+def _measure(
+    measure: Callable[[Lesson, list[SimulatedVote]], RewardQuality],
+    lesson: Lesson,
+    fresh: Callable[[], list[SimulatedVote]],
+) -> RewardQuality:
+    return measure(lesson, fresh())
+
+
+def _cycles(options: argparse.Namespace, starter: Path, kept: Kept) -> dict[str, Sequence[Step]]:
     """Ours, several cycles in a row, in every setting."""
     found: list[Step] = []
     for taste, seed in _settings(options):
         with _lesson(starter, taste, seed, options) as lesson:
-            steps = list(go_on(lesson, taste, options.cycles))
+            key = _key(lesson, taste, options.cycles)
+            steps = kept.get(key, list[Step], partial(_go_on, lesson, taste, options.cycles))
         show_steps(steps)
         found += steps
     return {"steps": found}
+
+
+def _go_on(lesson: Lesson, taste: str, num_cycles: int) -> list[Step]:
+    return list(go_on(lesson, taste, num_cycles))
+
+
+def _key(lesson: Lesson, taste: str, *what: str | int) -> Key:
+    return (taste, lesson.seed, len(lesson.votes), lesson.flip, *what)
 
 
 def _settings(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
@@ -96,14 +148,6 @@ def _lesson(starter: Path, taste_name: str, seed: int, options: argparse.Namespa
     votes = draw_votes(Roles.load(starter, RANK), taste, options.votes, seed, options.flip)
     with tempfile.TemporaryDirectory() as folder:
         yield Lesson(starter, votes, options.flip, taste, seed, Path(folder))
-
-
-def _reward_models(lesson: Lesson, methods: Sequence[str]) -> Iterator[tuple[str, RewardQuality]]:
-    """On fresh votes, of which none is turned round. TRL's PPO needs TRL's."""
-    fresh = draw_votes(Roles.load(lesson.starter, RANK), lesson.taste, NUM_FRESH, lesson.seed + APART)
-    yield "ours", our_reward(lesson, fresh)
-    if any(method.startswith("trl") for method in methods):
-        yield "TRL", trl_reward(lesson, fresh)
 
 
 def make_starter(state: Path) -> Path:
@@ -128,6 +172,7 @@ def _options() -> argparse.Namespace:
         help="so many cycles of ours in a row, the first on --votes, each later one on 100 more",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--resume", action="store_true", help="keep the runs of the last time")
     parser.add_argument("--name", default="learning", help="of the file in results/; of cycles NAME-cycles")
     parser.add_argument(
         "--state",

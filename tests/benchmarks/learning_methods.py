@@ -128,7 +128,7 @@ def trl_ppo(lesson: Lesson, kl_coef: float) -> tuple[Judged, str]:
         lesson,
         f"ppo-{kl_coef}",
         method="ppo",
-        reward=str(lesson.folder / "reward" / "model"),
+        reward=str(_trl_reward_model(lesson, ()) / "model"),
         prompts=[roles.prompt_ids(vote.messages) for vote in lesson.votes],
         kl_coef=kl_coef,
         learning_rate=2e-4,
@@ -168,12 +168,18 @@ def our_reward(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> RewardQuality:
 
 def trl_reward(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> RewardQuality:
     """TRL's `RewardTrainer` with its defaults, on all the votes. `trl_ppo` uses what it learns."""
-    folder = _run_trl(lesson, "reward", method="reward", fresh=as_trl(fresh))
+    folder = _trl_reward_model(lesson, fresh)
     probabilities = torch.tensor(json.loads((folder / "margins.json").read_text())).sigmoid().tolist()
     right = [probability > 0.5 for probability in probabilities]
     low, high = wilson(sum(right), len(right))
     error = reward_quality.calibration_error([max(p, 1 - p) for p in probabilities], right)
     return RewardQuality(sum(right) / len(right), low, high, error)
+
+
+def _trl_reward_model(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> Path:
+    """The folder of it; made by the first who wants it."""
+    folder = lesson.folder / "reward"
+    return folder if folder.exists() else _run_trl(lesson, "reward", method="reward", fresh=as_trl(fresh))
 
 
 def _fit(lesson: Lesson, roles: Roles) -> reward_model.Head:
