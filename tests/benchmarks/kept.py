@@ -28,17 +28,14 @@ class Kept:
                     self._results[_name(entry["key"])] = entry["result"]
             path.write_text("".join(_line(json.loads(key), result) for key, result in self._results.items()))
 
-    def has(self, key: Key) -> bool:
-        """Whether the result is there."""
-        return _name(key) in self._results
-
     def get(self, key: Key, kind: type[T], work: Callable[[], T]) -> T:
         """The result of this key: what was kept, or what `work` gives, which then is kept. `kind`: a dataclass or a list of one."""
-        if not self.has(key):
-            self._results[_name(key)] = msgspec.to_builtins(work())
+        name = _name(key)
+        if name not in self._results:
+            self._results[name] = msgspec.to_builtins(work())
             with self._path.open("a") as file:
-                file.write(_line(key, self._results[_name(key)]))
-        return msgspec.convert(self._results[_name(key)], kind)
+                file.write(_line(key, self._results[name]))
+        return msgspec.convert(self._results[name], kind)
 
 
 def _name(key: Key) -> str:

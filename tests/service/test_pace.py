@@ -15,7 +15,7 @@ def test_tokens_come_one_by_one_until_it_is_known_how_fast_they_come() -> None:
 @pytest.mark.parametrize(
     ("tokens_per_second", "expected"), [(4, 1), (30, 1), (60, 2), (128, 5), (250, 10), (10_000, MOST_TOKENS)]
 )
-def test_a_chunk_has_as_many_as_come_between_two_beats(tokens_per_second: float, expected: int) -> None:
+def test_a_chunk_has_as_many_as_come_in_that_time(tokens_per_second: float, expected: int) -> None:
     pace = Pace()
     pace.note(65, 64 / tokens_per_second)
     assert pace.tokens_in(0.04) == expected
