@@ -37,9 +37,9 @@ check: ## formatting, lint, types and the quick tests
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -q -m "not database and not engine and not browser"
 
-bench-gateway: ## Ratchet beside bare vLLM, LiteLLM and TensorZero, in half an hour; PART=mock or vllm, ROUNDS=5
+bench-gateway: ## Ratchet beside bare vLLM, LiteLLM and TensorZero, in three quarters of an hour; PART=mock or vllm, ROUNDS=5, ONE_BY_ONE=1
 	@sh deploy/setup.sh test
-	@exec $(PYTHON) -m tests.benchmarks.gateway $(PART) $(if $(ROUNDS),--rounds $(ROUNDS))
+	@exec $(PYTHON) -m tests.benchmarks.gateway $(PART) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(ONE_BY_ONE),--one-by-one)
 
 bench-durability: ## kill -9 every part again and again while users vote, and see that no acknowledged vote is lost
 	@sh deploy/setup.sh test

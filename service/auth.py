@@ -3,6 +3,7 @@
 On loopback no key is needed (unless a setting says so): who is on this machine owns the database anyway.
 """
 
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -60,6 +61,7 @@ def is_from_this_machine(request: Request) -> bool:
         return False
 
 
+@lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether a host's name or address is this machine's own."""
     try:

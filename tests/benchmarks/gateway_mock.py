@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import uvloop
 
-from tests.benchmarks.gateway_engine import CHUNKS, WORD
+from tests.benchmarks.gateway_engine import TOKENS, WORD
 from tests.benchmarks.gateway_load import Ask, Exchange, at_rate, check, saturate
 from tests.benchmarks.gateway_samples import Kind, Load, Meter, Sample, Samples, percentile
 from tests.benchmarks.gateway_servers import Contestant, litellm, mock_engine, ratchet, tensorzero
@@ -44,6 +44,8 @@ class Plan:
     rate: float
     """Requests a second of a visit at the fixed rate."""
     rate_seconds: float
+    one_by_one: bool = False
+    """Whether the mock sends one token a chunk whatever it is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,10 @@ def run(plan: Plan, state: Path, say: Callable[[str], None]) -> Samples:
     """Start all, measure all rounds, end all."""
     samples = Samples()
     say("mock: starting the mock, Ratchet with PostgreSQL, LiteLLM and TensorZero")
-    with tempfile.TemporaryDirectory(prefix="mock-", dir=state) as folder, _started(Path(folder)) as entered:
+    with (
+        tempfile.TemporaryDirectory(prefix="mock-", dir=state) as folder,
+        _started(plan, Path(folder)) as entered,
+    ):
         uvloop.run(_warm(entered))
         for number in range(plan.rounds):
             say(f"mock: round {number + 1} of {plan.rounds}")
@@ -81,9 +86,9 @@ def _check_stored(entered: Field, say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _started(folder: Path) -> Iterator[Field]:
+def _started(plan: Plan, folder: Path) -> Iterator[Field]:
     with ExitStack() as stack:
-        direct, mock = stack.enter_context(mock_engine(folder))
+        direct, mock = stack.enter_context(mock_engine(folder, one_by_one=plan.one_by_one))
         state = folder / "ratchet"
         state.mkdir()
         gateways = [
@@ -178,7 +183,7 @@ def _ask(contestant: Contestant, kind: Kind) -> Ask:
     body = {
         "model": contestant.model,
         "messages": [{"role": "user", "content": QUESTION}],
-        "max_tokens": CHUNKS,
+        "max_tokens": TOKENS,
         "temperature": 1.0,
         "stream": kind == "stream",
     }
@@ -187,6 +192,6 @@ def _ask(contestant: Contestant, kind: Kind) -> Ask:
 
 
 def _count(response: bytes) -> int:
-    """The chunks' texts, all of which must be there."""
-    complete = response.startswith(b"HTTP/1.1 200 ") and response.count(MARK) == CHUNKS
-    return CHUNKS if complete else 0
+    """The tokens, all of which must be there."""
+    complete = response.startswith(b"HTTP/1.1 200 ") and response.count(MARK) == TOKENS
+    return TOKENS if complete else 0

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from statistics import median, quantiles
+from math import exp, log, sqrt
+from statistics import fmean, median, quantiles, stdev
 from typing import Literal
 
 import psutil
@@ -45,6 +46,21 @@ class Spread:
         return cls(median(values), min(values), max(values))
 
 
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The geometric mean of ratios, one a round, and its standard error: of many noisy rounds it tells more than the median."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, ratios: list[float]) -> "Mean":
+        logs = [log(ratio) for ratio in ratios]
+        value = exp(fmean(logs))
+        error = value * stdev(logs) / sqrt(len(logs)) if len(logs) > 1 else float("nan")
+        return cls(value, error)
+
+
 class Samples:
     """All of a run."""
 
@@ -60,8 +76,15 @@ class Samples:
 
     def ratio(self, load: Load, name: str, above: str, below: str) -> Spread:
         """One contestant's value over another's, round by round: what slows a round slows both."""
+        return Spread.of(self._ratios(load, name, above, below))
+
+    def mean_ratio(self, load: Load, name: str, above: str, below: str) -> Mean:
+        """Of the same."""
+        return Mean.of(self._ratios(load, name, above, below))
+
+    def _ratios(self, load: Load, name: str, above: str, below: str) -> list[float]:
         pairs = zip(self.values(load, above, name), self.values(load, below, name), strict=True)
-        return Spread.of([a / b for a, b in pairs])
+        return [a / b for a, b in pairs]
 
     def added(self, load: Load, name: str, contestant: str, base: str) -> Spread:
         """What a contestant's value is more than the base's, round by round."""

@@ -27,6 +27,7 @@ from service.engine_process import engine_command, engine_environment
 from service.policies import BASE, ensure_base
 from service.settings import Settings
 from service.tables import Reply
+from tests.benchmarks.gateway_engine import ONE_BY_ONE
 from tests.benchmarks.gateway_load import Address
 from tests.engine import free_port
 
@@ -58,10 +59,12 @@ class Contestant:
 
 
 @contextmanager
-def mock_engine(logs: Path) -> Iterator[tuple[Contestant, psutil.Process]]:
+def mock_engine(logs: Path, *, one_by_one: bool) -> Iterator[tuple[Contestant, psutil.Process]]:
     """The mock, as the contestant `direct`, and its process."""
     port = free_port()
     command = [sys.executable, "-m", "tests.benchmarks.gateway_engine", str(port)]
+    if one_by_one:
+        command.append(ONE_BY_ONE)
     with _running("mock", command, logs) as process:
         _wait_for(f"http://127.0.0.1:{port}/health", process, logs / "mock.log")
         yield _direct("direct", port, {}), psutil.Process(process.pid)

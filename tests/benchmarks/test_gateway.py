@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.benchmarks.gateway_engine import CHUNKS, WORD, Connection
+from tests.benchmarks.gateway_engine import TOKENS, WORD, Connection, stream
 from tests.benchmarks.gateway_load import Address, Ask, Exchange, at_rate, flow_between, saturate
 from tests.benchmarks.gateway_samples import Load, Sample, Samples, Spread
 
@@ -38,6 +38,20 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert samples.added(load, "x", "ours", "theirs") == Spread(median=9, least=6, most=50)
 
 
+def test_the_mean_of_ratios_is_geometric_and_says_how_sure_it_is() -> None:
+    load, samples = Load("stream", 8), Samples()
+    for number, ours in enumerate([1.0, 4.0, 1.0, 4.0]):  # a half and twice of 2
+        samples.all += [
+            Sample(load, "ours", number, {"x": ours}),
+            Sample(load, "theirs", number, {"x": 1.0}),
+        ]
+
+    mean = samples.mean_ratio(load, "x", "ours", "theirs")
+
+    assert mean.value == pytest.approx(2.0)
+    assert mean.error == pytest.approx(2 * 0.8004 / 2, rel=1e-3)  # ln 2 * sqrt(4 / 3) over sqrt(4)
+
+
 @pytest.fixture
 async def mock() -> AsyncIterator[Address]:
     server = await asyncio.get_running_loop().create_server(Connection, "127.0.0.1", 0)
@@ -50,13 +64,25 @@ def _ask(address: Address, path: str, *, stream: bool) -> Ask:
     return Ask(address, (request,), lambda response: response.count(WORD.encode()), WORD.encode())
 
 
+@pytest.mark.parametrize(
+    ("interval", "counts"), [(1, list(range(1, TOKENS + 1))), (16, [1, 17, 33, 49, 64]), (100, [1, 64])]
+)
+def test_the_mock_sends_tokens_together_as_vllm_does(interval: int, counts: list[int]) -> None:
+    *writes, _ = stream("policy-000000", usage=False, running_usage=True, interval=interval)
+    chunks = [json.loads(write.partition(b"data: ")[2]) for write in writes]
+
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, *counts]
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == f"{WORD} " * TOKENS
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * len(counts) + ["stop"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_every_answer_of_the_mock_is_whole(mock: Address, stream: bool) -> None:
     flow = await saturate(_ask(mock, "/v1/chat/completions", stream=stream), 4, 0, 0.2, lambda: None)
 
     assert not flow.faults
     assert flow.answers >= 4
-    assert flow.tokens == pytest.approx(CHUNKS * flow.requests)
+    assert flow.tokens == pytest.approx(TOKENS * flow.requests)
 
 
 async def test_a_wrong_answer_is_a_fault(mock: Address) -> None:
