@@ -52,9 +52,10 @@ class Answer:
         """The answer as server-sent events; a fault is the last one, with no [DONE]. Ends `stack`."""
         try:
             async with stack:
-                yield b"".join(map(self._opening, range(len(self._generation.voices))))
+                opening = b"".join(map(self._opening, range(len(self._generation.voices))))
                 async for shown in self._generation.shown():
-                    yield self._chunks(shown)
+                    yield opening + self._chunks(shown)  # in one write
+                    opening = b""
                 yield (self._usage_chunk() if self._include_usage else b"") + DONE
         except RatchetError as error:
             log.warning("a stream ended in an error: %s", error.message)

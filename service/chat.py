@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 
 from service.answers import Answer
 from service.auth import IdentityDep
+from service.chat_route import ChatRoute
 from service.context import Context, ContextDep
 from service.conversations import read_context
 from service.duels import Match
@@ -24,7 +25,7 @@ from service.schemas import ALIAS, CHUNK_EVENT, ChatRequest, Completion, read_me
 from service.streaming import EventStream, until_gone
 from service.tables import Comparison, User
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(tags=["chat"], route_class=ChatRoute)
 CHANCE = SystemRandom()
 MOST_IGNORED = 16
 SAFE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")

@@ -27,10 +27,15 @@ class Context:
     votes: VoteCount
 
 
-async def _context(request: Request) -> Context:
+def context_of(request: Request) -> Context:
+    """That of the service which was asked."""
     context = request.app.state.context
     assert isinstance(context, Context)
     return context
+
+
+async def _context(request: Request) -> Context:
+    return context_of(request)
 
 
 ContextDep = Annotated[Context, Depends(_context)]

@@ -172,6 +172,15 @@ def test_a_body_that_is_no_json_or_too_large_is_told_so(serve: Serve) -> None:
     assert client.post(CHAT, json=ask("x" * (1 << 20))).status_code == 413
 
 
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "Application/JSON", "application/x+json"]
+)
+def test_json_is_read_whatever_it_is_called(serve: Serve, kind: str) -> None:
+    body = json.dumps(ask("what is it?"))
+    answer = serve(FakeEngine()).post(CHAT, content=body, headers={"content-type": kind})
+    assert answer.json()["choices"][0]["message"]["content"] == "one two"
+
+
 def test_an_unknown_model_is_told_which_exist(serve: Serve) -> None:
     answer = serve(FakeEngine()).post(CHAT, json=ask() | {"model": "gpt-4o"})
     assert answer.status_code == 404
