@@ -50,6 +50,7 @@ class Answer:
 
     async def events(self, stack: AsyncExitStack) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events; a fault is the last one, with no [DONE]. Ends `stack`."""
+        opening = b""
         try:
             async with stack:
                 opening = b"".join(map(self._opening, range(len(self._generation.voices))))
@@ -59,10 +60,10 @@ class Answer:
                 yield (self._usage_chunk() if self._include_usage else b"") + DONE
         except RatchetError as error:
             log.warning("a stream ended in an error: %s", error.message)
-            yield _error_event(error)
+            yield opening + _error_event(error)
         except Exception:
             log.exception("a stream ended in an unexpected error")
-            yield _error_event(RatchetError("Something went wrong. Try again."))
+            yield opening + _error_event(RatchetError("Something went wrong. Try again."))
 
     def _opening(self, position: int) -> bytes:
         """A reply's first chunk; the first of all also names the comparison."""

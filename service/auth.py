@@ -42,7 +42,7 @@ async def identify(
 
 
 async def identity_of(request: Request) -> Identity:
-    """The same, of a request that FastAPI does not read. Raises the same."""
+    """Who asks, as `identify` finds it, where FastAPI does not call that. Raises the same."""
     return await identify(request, context_of(request), await _bearer(request))
 
 

@@ -1,7 +1,8 @@
 """How a chat request is read. Used by `chat.py`.
 
 FastAPI finds an endpoint's parameters anew for each request: dependencies within dependencies, each with the address, headers and
-cookies parsed. Of what a streamed answer costs the service that was an eighth. It still documents them, and says what is wrong.
+cookies parsed. Of what a streamed answer costs the service that was an eighth. It still documents them, and says what is wrong with a
+body that cannot be taken, which is read twice for it.
 """
 
 from collections.abc import Callable, Coroutine
@@ -20,7 +21,9 @@ class ChatRoute(APIRoute):
     """Its endpoint takes a ChatRequest, the request, an Identity and the Context. A request that is right is read here."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's way to have it read otherwise."""
+        """FastAPI's way to have it read otherwise. Raises TypeError for a dependency that nobody would ask."""
+        if any(each.name is None for each in self.dependant.dependencies):  # of a router, or of the route
+            raise TypeError(f"{self.path} is a ChatRoute: dependencies that are no parameters are not asked.")
         documented = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
@@ -40,5 +43,5 @@ async def _read(request: Request) -> ChatRequest | None:
         return None
     try:
         return ChatRequest.model_validate(await request.json())
-    except (ValueError, RecursionError, ClientDisconnect):
+    except (ValueError, RecursionError, ClientDisconnect):  # uvicorn says once more that the client has gone
         return None

@@ -28,7 +28,7 @@ class Context:
 
 
 def context_of(request: Request) -> Context:
-    """That of the service which was asked."""
+    """The context of the service that this request came to."""
     context = request.app.state.context
     assert isinstance(context, Context)
     return context

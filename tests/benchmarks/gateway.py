@@ -44,6 +44,8 @@ def main() -> int:
     _forget_settings()
     options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     machine = _machine(with_peers=options.part != "vllm")
+    if options.one_by_one:
+        machine["mock"] = "one token a chunk, whatever is asked"
     print("## Gateway\n\n" + "\n".join(f"- {name}: {value}" for name, value in machine.items()), flush=True)
     samples, goals = Samples(), list[Goal]()
     others = Others()
@@ -119,7 +121,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         ONE_BY_ONE,
         action="store_true",
-        help="the mock sends one token a chunk, as no vLLM does that is asked for more",
+        help="the mock sends one token a chunk, whatever `stream_interval` asks for",
     )
     parser.add_argument("--vllm-seconds", type=float, default=3.0, help="of a visit to the real vLLM")
     parser.add_argument(

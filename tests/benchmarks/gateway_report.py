@@ -50,7 +50,13 @@ def mock_report(samples: Samples, rate: float) -> str:
 def vllm_report(samples: Samples) -> str:
     """Tokens a second, bare and through Ratchet, and the CPU time behind them."""
     rows = [_vllm_row(samples, load) for load in _vllm_loads()]
-    head = ["at once", "bare vLLM, tokens/s", "through Ratchet, tokens/s", "ratio", "its mean"]
+    head = [
+        "at once",
+        "bare vLLM, tokens/s",
+        "through Ratchet, tokens/s",
+        "ratio",
+        "geometric mean ± standard error",
+    ]
     head += ["CPU ms a token: bare engine", "engine through Ratchet + service + PostgreSQL"]
     length = samples.spread(_vllm_loads()[0], RATCHET, "tokens_per_reply").median
     title = f"### Real vLLM, replies of {length:.1f} tokens: median of the rounds [least, most]"

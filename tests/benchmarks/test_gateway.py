@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.benchmarks.gateway_engine import TOKENS, WORD, Connection, stream
+from tests.benchmarks import gateway_engine
+from tests.benchmarks.gateway_engine import TOKENS, WORD, Connection
 from tests.benchmarks.gateway_load import Address, Ask, Exchange, at_rate, flow_between, saturate
 from tests.benchmarks.gateway_samples import Load, Sample, Samples, Spread
 
@@ -68,7 +69,7 @@ def _ask(address: Address, path: str, *, stream: bool) -> Ask:
     ("interval", "counts"), [(1, list(range(1, TOKENS + 1))), (16, [1, 17, 33, 49, 64]), (100, [1, 64])]
 )
 def test_the_mock_sends_tokens_together_as_vllm_does(interval: int, counts: list[int]) -> None:
-    *writes, _ = stream("policy-000000", usage=False, running_usage=True, interval=interval)
+    *writes, _ = gateway_engine.stream("policy-000000", usage=False, running_usage=True, interval=interval)
     chunks = [json.loads(write.partition(b"data: ")[2]) for write in writes]
 
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, *counts]

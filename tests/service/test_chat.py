@@ -5,7 +5,11 @@ import json
 
 import httpx
 import pytest
+from fastapi import APIRouter
 
+from service.auth import KNOWN_CALLER
+from service.chat import chat
+from service.chat_route import ChatRoute
 from service.journal import Journal
 from tests.service.conftest import Rows, Serve, ask, chunks, wait_until
 from tests.service.fake_engine import FakeEngine
@@ -236,6 +240,20 @@ def test_an_engine_that_breaks_off_keeps_what_had_come(serve: Serve, rows: Rows)
     assert client.post(CHAT, json=ask()).status_code == 503
     assert "error" in chunks(client.post(CHAT, json=ask(stream=True)))[-1]
     assert rows("SELECT content, finish_reason FROM replies") == [("one ", "error")] * 2
+
+
+def test_a_stream_that_fails_before_its_first_token_names_its_reply(serve: Serve, rows: Rows) -> None:
+    answer = serve(FakeEngine(breaks_after=0)).post(CHAT, json=ask(stream=True))
+    opening, error = chunks(answer)
+    assert rows("SELECT id, finish_reason FROM replies") == [(opening["id"], "error")]
+    assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "error" in error
+
+
+def test_a_dependency_that_a_chat_route_would_not_ask_is_refused() -> None:
+    router = APIRouter(route_class=ChatRoute, dependencies=[KNOWN_CALLER])
+    with pytest.raises(TypeError, match="not asked"):
+        router.post("/other")(chat)
 
 
 def test_rows_that_are_on_their_way_at_the_deadline_are_stored_once(

@@ -112,11 +112,19 @@ def test_a_key_and_an_address_are_told_to_wait(serve: Serve) -> None:
 
 
 @pytest.mark.database
+def test_a_chat_request_counts_once_also_one_that_is_wrong(serve: Serve) -> None:
+    client = serve(FakeEngine(), requests_per_minute=2)
+    key = client.post("/operator/keys", json={"account": "acme"}).json()["key"]
+    headers = {"authorization": f"Bearer {key}"}
+    bodies = [ask(), ask(temperature="hot"), ask()]
+    answers = [client.post("/v1/chat/completions", json=body, headers=headers) for body in bodies]
+    assert [answer.status_code for answer in answers] == [200, 400, 429]
+
+
+@pytest.mark.database
 def test_more_at_once_than_there_is_place_for_is_turned_away_with_a_time_to_come_back(serve: Serve) -> None:
     client = serve(FakeEngine(pause_seconds=30), max_running=1, max_queued=0)
-    with client.stream("POST", "/v1/chat/completions", json=ask(stream=True)) as running:
-        lines = running.iter_lines()
-        next(lines)
+    with client.stream("POST", "/v1/chat/completions", json=ask(stream=True)):
         refused = client.post("/v1/chat/completions", json=ask())
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
         assert refused.headers["retry-after"]
