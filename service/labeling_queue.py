@@ -31,12 +31,13 @@ async def read_queue(
         .limit(LOOKED_AT)
         .subquery()
     )
+    account = select(User.account).where(User.id == newest.c.user_id).scalar_subquery()
     order = (case((newest.c.choice == "neither", 0), else_=1), newest.c.created_at.desc())
     # Cut to the few that are shown before their prompts are looked up: for a thousand, PostgreSQL would read them all.
     chosen = (
         select(newest, func.row_number().over(order_by=order).label("place"))
-        .join(User, User.id == newest.c.user_id)
-        .where(User.account == identity.account, newest.c.choice.in_(("neither", "tie")))
+        # Not joined: PostgreSQL would then look through all users of the account.
+        .where(account == identity.account, newest.c.choice.in_(("neither", "tie")))
         .order_by(*order)
         .limit(limit)
         .subquery()

@@ -72,8 +72,8 @@ WITH RECURSIVE line AS (
     SELECT policies.*, step + 1 FROM policies JOIN line ON policies.name = line.parent
 )
 SELECT line.name, line.parent, line.state, line.cycle_id, cycles.snapshot_sha256, line.created_at,
-    (SELECT count(*) FROM snapshot_feedback AS held WHERE held.sha256 = cycles.snapshot_sha256) AS num_feedback
-FROM line LEFT JOIN cycles ON cycles.id = line.cycle_id
+    coalesce(snapshots.num_feedback, 0) AS num_feedback
+FROM line LEFT JOIN cycles ON cycles.id = line.cycle_id LEFT JOIN snapshots ON snapshots.sha256 = cycles.snapshot_sha256
 ORDER BY step
 """
 )

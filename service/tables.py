@@ -370,6 +370,8 @@ class Snapshot(Table):
     __tablename__ = "snapshots"
     sha256: Mapped[str] = mapped_column(primary_key=True)
     num_votes: Mapped[int] = mapped_column(Integer)
+    num_feedback: Mapped[int] = mapped_column(Integer)
+    """Votes, rankings and demonstrations together."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 

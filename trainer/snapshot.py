@@ -131,7 +131,8 @@ def save(feedback: Sequence[Feedback], path: Path, session: Session) -> str:
     _replace(path, content)
     sha256 = hashlib.sha256(content).hexdigest()
     num_votes = sum(row.kind == "vote" for row in feedback)
-    session.execute(insert(Snapshot).values(sha256=sha256, num_votes=num_votes).on_conflict_do_nothing())
+    snapshot = {"sha256": sha256, "num_votes": num_votes, "num_feedback": len(feedback)}
+    session.execute(insert(Snapshot).values(snapshot).on_conflict_do_nothing())
     held = [{"sha256": sha256, "kind": row.kind, "feedback_id": row.id} for row in feedback]
     if held:
         session.execute(insert(SnapshotFeedback).on_conflict_do_nothing(), held)

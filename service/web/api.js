@@ -64,7 +64,8 @@ export async function call(method, path, options) {
 
 export const segment = encodeURIComponent;
 
-// Yields OpenAI's chunks as they come; an empty one as soon as the answer is on its way, which says whether it is a comparison. Throws Trouble for an error, and where the stream ends too early.
+// Yields OpenAI's chunks as they come; first an empty one, as soon as the answer is on its way, which says whether it is a comparison.
+// Throws Trouble for an error, and where the stream ends too early.
 export async function* chat(request, signal) {
   const response = await send("POST", "/v1/chat/completions", { body: { ...request, stream: true }, signal });
   const id = response.headers.get("x-ratchet-comparison");

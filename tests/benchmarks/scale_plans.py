@@ -25,8 +25,12 @@ ELSEWHERE = ("/operator/export", "/operator/import")
 """Calls that read or write everything, by design."""
 HEAVY = "user-1"
 """The user who said most."""
-ACCEPTED = ("SELECT count(*) AS count_1 FROM votes",)
-"""Reads a large table by design: see `service/vote_count.py`."""
+ACCEPTED = (
+    "SELECT count(*) AS count_1 FROM votes",
+    "SELECT count(DISTINCT votes.user_id) AS count_1 FROM votes WHERE votes.created_at > now() - make_interval("
+    "%(make_interval_1)s::INTEGER, %(make_interval_2)s::INTEGER, %(make_interval_3)s::INTEGER, %(make_interval_4)s::INTEGER)",
+)
+"""Read a large table by design: the first is remembered (`service/vote_count.py`), the second asked once a duel."""
 QUESTION = [{"role": "user", "content": "And a lime?"}]
 Plan = dict[str, Any]
 

@@ -65,7 +65,12 @@ def write_history(rows: Rows, folder: Path) -> None:
     """Afterwards `policy-000002` is live, `policy-000003` on trial and `policy-000001` previous, whole in `folder`."""
     for number, (stage, policy, began, ended, votes, reason) in enumerate(CYCLES, start=1):
         sha256 = f"{number:064x}"
-        rows("INSERT INTO snapshots (sha256, num_votes) VALUES (%s, %s)", sha256, votes)
+        rows(
+            "INSERT INTO snapshots (sha256, num_votes, num_feedback) VALUES (%s, %s, %s)",
+            sha256,
+            votes,
+            votes,
+        )
         if policy is not None:
             parent = f"policy-{int(policy[-6:]) - 1:06d}"
             rows(

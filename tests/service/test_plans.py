@@ -11,8 +11,8 @@ from tests.benchmarks.scale_plans import Statement, call_everything, read_statem
 from tests.benchmarks.scale_rows import fill
 from tests.engine import free_port
 
-NUM_REPLIES, NUM_VOTES = 40_000, 12_000
-LARGE = {"votes", "replies"}
+NUM_REPLIES, NUM_VOTES = 40_000, 16_000
+LARGE = {"votes", "replies", "snapshot_feedback"}
 
 
 @pytest.mark.database

@@ -47,7 +47,7 @@ def add_a_row_of_everything(settings: Settings) -> None:
     with sync_sessions(engine).begin() as session:
         session.add(User(id=1, name="ada"))
         session.add(Policy(name="policy-000000", path="base", state="verified", manifest={}))
-        session.add(Snapshot(sha256="ab", num_votes=1))
+        session.add(Snapshot(sha256="ab", num_votes=1, num_feedback=1))
         session.flush()
         session.add(SnapshotFeedback(sha256="ab", kind="vote", feedback_id="1"))
         session.add(RemovedFeedback(kind="vote", feedback_id="1"))
@@ -148,6 +148,7 @@ def test_going_down_one_migration_keeps_what_the_older_tables_can_hold(database:
     schema.upgrade(database)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT feedback_id FROM snapshot_feedback")).scalars().all() == ["1"]
+        assert connection.execute(text("SELECT num_feedback FROM snapshots")).scalars().all() == [1]
 
 
 def test_without_duels_what_was_on_trial_is_a_challenger_and_what_was_taken_back_is_rejected(

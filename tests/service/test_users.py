@@ -41,7 +41,7 @@ def test_removal_leaves_nothing_of_the_user_and_all_of_the_others(serve: Serve, 
             )
             assert written.status_code == 201
     [(vote_id,)] = rows("SELECT v.id FROM votes v JOIN users u ON u.id = v.user_id WHERE u.name = 'judy'")
-    rows("INSERT INTO snapshots (sha256, num_votes) VALUES ('ab', 1)")
+    rows("INSERT INTO snapshots (sha256, num_votes, num_feedback) VALUES ('ab', 1, 1)")
     rows("INSERT INTO snapshot_feedback VALUES ('ab', 'vote', %s)", str(vote_id))
     rows("INSERT INTO policies (name, path, state, manifest) VALUES ('policy-000001', 'p', 'verified', '{}')")
     rows(
