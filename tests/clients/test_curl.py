@@ -52,11 +52,13 @@ def test_each_piece_is_shown_before_the_next_is_made_and_going_away_ends_the_res
     line = words(serve(engine), "-N", text="hi", stream=True)
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as curl:
         assert curl.stdout is not None
-        assert '"role":"assistant"' in curl.stdout.readline()
         for word in ("one ", "two "):
             engine.let.release()
-            assert curl.stdout.readline() == "\n"
+            if word == "one ":
+                assert '"role":"assistant"' in curl.stdout.readline()
+                assert curl.stdout.readline() == "\n"
             assert json.loads(curl.stdout.readline()[6:])["choices"][0]["delta"]["content"] == word
+            assert curl.stdout.readline() == "\n"
         curl.terminate()
     wait_until(lambda: engine.aborted == 1)
 
