@@ -79,7 +79,7 @@ class Samples:
         return Spread.of(self._ratios(load, name, above, below))
 
     def mean_ratio(self, load: Load, name: str, above: str, below: str) -> Mean:
-        """Of the same."""
+        """The same ratios in one number: what many rounds say together."""
         return Mean.of(self._ratios(load, name, above, below))
 
     def _ratios(self, load: Load, name: str, above: str, below: str) -> list[float]:
