@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from trainer import gate, reward_model, sft
+from trainer.features import ask_consensus
 from trainer.guard import Guard
 from trainer.learning import (
     MIN_PAIRS,
@@ -113,6 +114,7 @@ def _fit_judge(
     if len(votes.decided) < MIN_PAIRS:
         return None
     watch.enter("reward_model")
+    roles.consensus = ask_consensus(roles, sampler, [*prompts, *votes.prompts], seed)
     own = anchor_features(roles, sampler, prompts, seed)
     return reward_model.fit(roles, votes, own, recipe.reward, 1, seed)
 

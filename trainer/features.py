@@ -1,30 +1,56 @@
 """What heads read of a reply, from one pass of the anchor: reward models of the whole of it, the value of what is there so far.
 
 Of a reply: the sum of its input embeddings (which words are there; by their mean a reply would be best that leaves all else out), the
-mean of its last hidden states (what is said with them), and how likely the anchor found it (a right answer is a likely one, also to a
-model that often says the wrong one).
+mean of its last hidden states (what is said with them), how likely the anchor found it, and how far it says what the anchor says
+when it is surest (a right answer is a likely one, and most of those, also to a model that often says the wrong one).
 
-Legend: B sequences, L tokens, H hidden size, F = 2 H + 4 features of a reply, G = F + H + 1 of a prefix, N replies.
+Legend: B sequences, L tokens, H hidden size, F = 2 H + 6 features of a reply, G = F + H + 1 of a prefix, N replies.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from trainer.models import Reading, Roles
+from trainer.consensus import Asked, Consensus
+from trainer.models import REFERENCE, Reading, Roles
+from trainer.rollouts import Sampler
 
-NUM_LIKELIHOODS = 4
-"""Sum, mean and least of the log-probabilities, and the length."""
+NUM_PLAIN = 6
+"""Features that are few and mean something by themselves: sum, mean and least of the log-probabilities, recall and precision of what
+the anchor says when it is surest, and, last, the length."""
+ANSWERS = 8
+"""That the anchor gives to a prompt, to tell what it is surest of."""
+SURE_TEMPERATURE = 0.3
 
 
 def num_features(hidden_size: int) -> int:
     """F."""
-    return 2 * hidden_size + NUM_LIKELIHOODS
+    return 2 * hidden_size + NUM_PLAIN
+
+
+def ask_consensus(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]], seed: int) -> Consensus:
+    """What the anchor says to each of these prompts when it is surest. sampler: how replies are sampled, but for the temperature."""
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    each_so_often = [list(ids) for ids in distinct for _ in range(ANSWERS)]
+    generator = torch.Generator(device=roles.device).manual_seed(seed)
+    with roles.acting_as(REFERENCE):
+        surest = replace(sampler, temperature=SURE_TEMPERATURE)
+        texts = [
+            roles.decode(rollout.reply_ids)
+            for rollout in surest.sample(roles.model, each_so_often, generator)
+        ]
+    return Consensus.of(
+        {
+            ids: Asked(roles.decode(list(ids)), texts[number * ANSWERS : (number + 1) * ANSWERS])
+            for number, ids in enumerate(distinct)
+        }
+    )
 
 
 def reward_features(reading: Reading, mask: Tensor) -> Tensor:
-    """[B, F]: sum of embeddings and mean hidden state over the reply; sum, mean and least of its log-probabilities; its length.
+    """[B, F]: sum of embeddings and mean hidden state over the reply, and the plain ones (`NUM_PLAIN`).
 
     mask: (B, L).
     """
@@ -33,7 +59,18 @@ def reward_features(reading: Reading, mask: Tensor) -> Tensor:
     states = (reading.states * mask[..., None]).sum(1) / length
     total = reading.logprobs.sum(1, keepdim=True)
     least = reading.logprobs.min(1, keepdim=True).values
-    return torch.cat([words, states, total, total / length, least, length], dim=1)
+    return torch.cat(
+        [words, states, total, total / length, least, agreement(reading.said.sum(1)), length], dim=1
+    )
+
+
+def agreement(said: Tensor) -> Tensor:
+    """[..., 2]: the share of what the anchor is surest of that is said; the share that this is of all that is said, 0.0 of nothing.
+
+    said: (..., 3) sums of `Said` over tokens.
+    """
+    rarity, agreed, recalled = said.unbind(-1)
+    return torch.stack([recalled, agreed / rarity.clamp(min=1e-6)], dim=-1)
 
 
 @torch.no_grad()
@@ -66,6 +103,7 @@ def value_features(reading: Reading, mask: Tensor) -> Tensor:
             total[..., None],
             (total / divisor)[..., None],
             reading.logprobs.cummin(1).values[..., None],
+            agreement(reading.said.cumsum(1)),
             count[..., None],
             reading.states,
             torch.ones_like(count)[..., None],

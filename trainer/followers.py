@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from trainer.consensus import Consensus
 from trainer.iterations import NonFinite
 from trainer.models import Origin, Roles
 from trainer.ppo import PPO, PPOSettings, train
@@ -26,6 +27,7 @@ class Job:
 
     origin: Origin
     policy: dict[str, Tensor]
+    consensus: Consensus
     ensemble: Head
     judge: Head
     prompts: Sequence[list[int]]
@@ -40,8 +42,19 @@ def called_to(run: PPO) -> Iterator[None]:
     if team.size == 1:
         yield
         return
-    policy = run.roles.policy_state()
-    team.tell(Job(run.roles.origin, policy, run.ensemble, run.judge, run.prompts, run.settings, run.seed))
+    roles = run.roles
+    team.tell(
+        Job(
+            origin=roles.origin,
+            policy=roles.policy_state(),
+            consensus=roles.consensus,
+            ensemble=run.ensemble,
+            judge=run.judge,
+            prompts=run.prompts,
+            settings=run.settings,
+            seed=run.seed,
+        )
+    )
     try:
         yield
     except NonFinite:  # which all of them raise
@@ -57,6 +70,7 @@ def follow(team: Team) -> None:
         origin: Origin = job.origin
         roles = Roles.load(*origin, device=team.device)
         roles.load_policy_state(job.policy)
+        roles.consensus = job.consensus
         run = PPO(roles, job.ensemble, job.judge, job.prompts, job.settings, job.seed, team)
         with suppress(NonFinite):
             train(run, NOWHERE, lambda iteration: None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer import followers, gate, ppo, preference_methods, reward_model, reward_quality, sft
-from trainer.features import read_features
+from trainer.features import ask_consensus, read_features
 from trainer.guard import Guard
 from trainer.iterations import GuardWatch, Iteration, Outcome, checkpoint_path, load_average, mix
 from trainer.models import POLICY, REFERENCE, Roles
@@ -167,6 +167,7 @@ def _fit_rewards(
         raise TooFewVotes(
             f"The votes are on {prompts_voted} prompts: too few to hold some out and learn from the rest."
         )
+    roles.consensus = ask_consensus(roles, sampler, preferences.prompts, seed)
     own = anchor_features(roles, sampler, preferences.prompts, seed)
     ensemble = reward_model.fit(roles, train, own, recipe.reward, recipe.reward.members, seed)
     judge = reward_model.fit(roles, held_out, own, recipe.reward, 1, seed)

@@ -11,7 +11,7 @@ Sequences are padded on the right: with a causal model nothing real can see the 
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import ModelOutput
 
 from service.tables import Message
+from trainer.consensus import Consensus, Said
 from trainer.passes.attention import use_short_attention
 from trainer.passes.last_layer import last_layer_at
 from trainer.passes.lora import adapter_config
@@ -70,6 +71,8 @@ class Reading:
     """[B, L, H] last hidden states, float32: of the reply and of the token before it; elsewhere nothing that means anything."""
     logprobs: Tensor
     """[B, L] log-probability of each reply token; 0.0 elsewhere."""
+    said: Tensor
+    """[B, L, 3] what each reply token adds to what is said, and is the anchor's consensus: the fields of `Said`; 0.0 elsewhere."""
 
 
 @cache
@@ -101,6 +104,9 @@ class Roles(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.origin = origin
+        self.consensus = Consensus()
+        """What the anchor says when it is surest; empty until it is asked (`features.ask_consensus`)."""
+        self._pieces: dict[int, str] = {}
 
     @staticmethod
     def load(
@@ -201,6 +207,13 @@ class Roles(nn.Module):
         text: str = self.tokenizer.decode(reply_ids, skip_special_tokens=True)
         return text
 
+    def piece(self, token: int) -> str:
+        """A token's text, as it is between others: some tokenizers leave out a first one's space. Empty for special ones."""
+        if token not in self._pieces:
+            [*_, before] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+            self._pieces[token] = self.decode([before, token]).removeprefix(self.decode([before]))
+        return self._pieces[token]
+
     def policy_parameters(self) -> list[nn.Parameter]:
         """The adapter's weights: all that PPO trains of the model."""
         return [parameter for name, parameter in self.model.named_parameters() if f".{POLICY}." in name]
@@ -260,7 +273,18 @@ class Roles(nn.Module):
         with self.acting_as(REFERENCE):
             states, logprobs = self._forward(batch, temperature)
             words = self.model.get_input_embeddings()(batch.ids)
-            return Reading(words.float(), states.float(), logprobs)
+            return Reading(words.float(), states.float(), logprobs, self._read_said(batch))
+
+    def _read_said(self, batch: Batch) -> Tensor:
+        """[B, L, 3] as in `Reading`."""
+        nothing, length = astuple(Said()), batch.ids.shape[1]
+        rows = []
+        for ids, mask in zip(batch.ids.tolist(), batch.reply_mask.tolist(), strict=True):
+            start = mask.index(1.0) if 1.0 in mask else 0
+            end = start + int(sum(mask))
+            said = self.consensus.read(ids[:start], [self.piece(token) for token in ids[start:end]])
+            rows.append([nothing] * start + [astuple(each) for each in said] + [nothing] * (length - end))
+        return torch.tensor(rows, device=self.device)
 
     def _forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """[B, L, H] last hidden states as in `Reading`, and [B, L] log-probabilities of the reply's tokens.

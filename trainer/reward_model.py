@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.features import NUM_LIKELIHOODS, read_features
+from trainer.features import NUM_PLAIN, read_features
 from trainer.models import Roles
 from trainer.preferences import Preferences
 
-LIKELIHOOD_PRIOR = 3.0
-"""How much less the likelihood features are shrunk than the others: they are few, and known to matter."""
+PLAIN_PRIOR = 6.0
+"""How much less the plain features are shrunk than the others: they are few, and known to matter."""
 STATES_PRIOR = 0.5
 """How much more the mean hidden states are shrunk than the words: there are as many, and on their own they say less. On votes that
 were not fit to (3 tastes, 3 times 330 votes) the loss is .4189 with this and the mean below, .4279 with 1.0 and 0.2."""
-LIKELIHOOD_MEAN = 0.1
-"""Weight of the sum, mean and least of the log-probabilities that the penalty pulls towards; of all else 0.0. With no votes to tell,
-what the anchor finds likely is rather right."""
+PLAIN_MEAN = 0.1
+"""Weight of the plain features but the length that the penalty pulls towards; of all else 0.0. With no votes to tell, what the anchor
+finds likely, and says when it is surest, is rather right."""
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 """Strengths of the penalty on weights that cross-validation chooses from."""
 
@@ -100,7 +100,7 @@ def fit(
     first = read_features(roles, [(pair.prompt, pair.first) for pair in pairs])
     second = read_features(roles, [(pair.prompt, pair.second) for pair in pairs])
     scale = torch.cat([first, second]).std(0).clamp(min=1e-6)
-    scale[-NUM_LIKELIHOODS:] /= LIKELIHOOD_PRIOR
+    scale[-NUM_PLAIN:] /= PLAIN_PRIOR
     scale[roles.hidden_size : 2 * roles.hidden_size] /= STATES_PRIOR
     disliked = read_features(roles, [(each.prompt, each.reply) for each in dislikes])
     margins = torch.cat([first - second, disliked - own_features.mean(0)]) / scale
@@ -178,7 +178,7 @@ def _fit_sharpness(margin: Tensor, label: Tensor, weight: Tensor) -> float:
 def _fit_weights(margins: Tensor, label: Tensor, weight: Tensor, ridge: float) -> Tensor:
     """(F,) the minimum of pair_loss + ridge * |w - prior|^2. margins: (N, F)."""
     prior = torch.zeros(margins.shape[1], device=margins.device)
-    prior[-NUM_LIKELIHOODS:-1] = LIKELIHOOD_MEAN  # the last one is the length
+    prior[-NUM_PLAIN:-1] = PLAIN_MEAN  # the last one is the length
     weights = prior.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 

@@ -23,7 +23,7 @@ from tests.benchmarks.learning_users import (
     sample_anchor,
 )
 from trainer import ppo, preferences, reward_model, reward_quality
-from trainer.features import read_features
+from trainer.features import ask_consensus, read_features
 from trainer.guard import load_guards
 from trainer.learning import Method, Recipe, Refused, anchor_features, learn
 from trainer.models import Roles
@@ -104,9 +104,9 @@ def learn_ours(
 def best_of(lesson: Lesson) -> tuple[Judged, str]:
     """No training: of 16 replies by the starter, the one that the same reward model likes best."""
     roles = Roles.load(lesson.starter, RANK)
-    ensemble = _fit(lesson, roles)
     questions = draw_evaluation(NUM_QUESTIONS, lesson.seed)
     prompts = [roles.prompt_ids(question.messages) for question in questions for _ in range(BEST_OF)]
+    ensemble = _fit(lesson, roles, prompts)
     rollouts = sample_anchor(roles, prompts, lesson.seed + 1)
     features = read_features(roles, [(r.prompt_ids, r.reply_ids) for r in rollouts])
     scores = ensemble(features)
@@ -161,7 +161,9 @@ class RewardQuality:
 def our_reward(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> RewardQuality:
     """As a cycle fits it."""
     roles = Roles.load(lesson.starter, RANK)
-    quality = reward_quality.measure(roles, _fit(lesson, roles), _read(roles, fresh).pairs)
+    pairs = _read(roles, fresh).pairs
+    head = _fit(lesson, roles, [pair.prompt for pair in pairs])
+    quality = reward_quality.measure(roles, head, pairs)
     accuracy = quality.accuracy
     return RewardQuality(accuracy.share, accuracy.low, accuracy.high, quality.calibration_error)
 
@@ -182,12 +184,14 @@ def _trl_reward_model(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> Path:
     return folder if folder.exists() else _run_trl(lesson, "reward", method="reward", fresh=as_trl(fresh))
 
 
-def _fit(lesson: Lesson, roles: Roles) -> reward_model.Head:
-    """The ensemble of a cycle: of the votes that it does not hold out."""
+def _fit(lesson: Lesson, roles: Roles, prompts: Sequence[list[int]]) -> reward_model.Head:
+    """The ensemble of a cycle: of the votes that it does not hold out. prompts: others that it is to score replies to."""
     settings = reward_model.RewardSettings()
     learnt_from = _read(roles, lesson.votes)
     train = preferences.split(learnt_from, settings.held_out, lesson.seed).train
-    own = anchor_features(roles, Sampler(roles.end_ids, 64), learnt_from.prompts, lesson.seed)
+    sampler = Sampler(roles.end_ids, 64)
+    roles.consensus = ask_consensus(roles, sampler, [*learnt_from.prompts, *prompts], lesson.seed)
+    own = anchor_features(roles, sampler, learnt_from.prompts, lesson.seed)
     return reward_model.fit(roles, train, own, settings, settings.members, lesson.seed)
 
 

@@ -32,6 +32,7 @@ from tests.benchmarks.swap_ways import Operator
 from tests.benchmarks.tables import write_results
 from trainer import gate, ppo, preferences, reward_model
 from trainer.demo_client import Client, Tally
+from trainer.features import ask_consensus
 from trainer.guard import load_guards
 from trainer.iterations import load_average
 from trainer.learning import anchor_features, sample_probes
@@ -110,6 +111,8 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
     prompts = [pair.prompt for pair in given.train.pairs]
     sampler = Sampler(roles.end_ids, policy.max_tokens, context_tokens=roles.context_tokens)
     served = replace(sampler, min_p=0.02)
+    everything = [*given.train.prompts, *given.held_out.prompts]
+    roles.consensus = ask_consensus(roles, sampler, everything, seed)
     own = anchor_features(roles, sampler, prompts, seed)
 
     def fit(split: Split) -> tuple[reward_model.Head, reward_model.Head]:

@@ -16,6 +16,6 @@ def start(roles: Roles, settings: PPOSettings = SETTINGS, team: Team = ALONE) ->
     prompts = [roles.prompt_ids([{"role": "user", "content": text}]) for text in ("lemon", "colour?")]
     features = read_features(roles, [(prompt, [40 + n, 60, 1]) for n, prompt in enumerate(prompts)])
     weight = torch.zeros(features.shape[1], 1)
-    weight[-3] = 1.0  # the mean log-probability
+    weight[-5] = 1.0  # the mean log-probability
     head = Head(torch.ones(features.shape[1]), weight, torch.tensor([-4.0]), torch.tensor([0.5]))
     return PPO(roles, head, head, prompts, settings, seed=0, team=team)

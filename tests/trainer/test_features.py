@@ -1,0 +1,107 @@
+"""What heads read of a reply, on a tiny model whose anchor was asked."""
+
+
+import pytest
+import torch
+
+from tests.tiny_model import make_model
+from trainer.consensus import Asked, Consensus
+from trainer.features import (
+    agreement,
+    ask_consensus,
+    num_features,
+    read_features,
+    reward_features,
+    value_features,
+)
+from trainer.models import Roles
+from trainer.rollouts import Sampler
+
+RECALL, PRECISION = -3, -2
+
+
+@pytest.fixture(scope="module")
+def roles(tmp_path_factory: pytest.TempPathFactory) -> Roles:
+    return Roles.load(make_model(tmp_path_factory.mktemp("tiny")), rank=4)
+
+
+@pytest.fixture(scope="module")
+def prompts(roles: Roles) -> list[list[int]]:
+    return [roles.prompt_ids([{"role": "user", "content": text}]) for text in ("colour?", "a lemon?")]
+
+
+@pytest.fixture
+def yes(roles: Roles, prompts: list[list[int]]) -> Consensus:
+    """As if the anchor was sure of yes."""
+    return Consensus.of({tuple(prompt): Asked("?", ["yes", "Yes."]) for prompt in prompts})
+
+
+def test_a_reply_that_says_the_same_has_recall_and_precision(
+    roles: Roles, prompts: list[list[int]], yes: Consensus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "consensus", yes)
+    replies = [roles.reply_ids(text) for text in ("Yes.", "no", "yes no")]
+    batch = roles.batch([(prompts[0], reply) for reply in replies])
+    features = reward_features(roles.read(batch), batch.reply_mask)
+    assert features.shape == (3, num_features(roles.hidden_size))
+    assert features[:, RECALL].tolist() == pytest.approx([1.0, 0.0, 1.0])
+    assert features[0, PRECISION].item() == pytest.approx(1.0)
+    assert features[1, PRECISION].item() == 0.0
+    assert 0.0 < features[2, PRECISION].item() < 1.0
+
+
+def test_before_its_end_token_the_value_sees_what_the_reward_sees_of_what_is_there(
+    roles: Roles, prompts: list[list[int]], yes: Consensus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roles, "consensus", yes)
+    reply = roles.reply_ids("no. yes. no")
+    batch, before = roles.batch([(prompts[1], reply)]), roles.batch([(prompts[1], reply[:-1])])
+    last = len(prompts[1]) + len(reply) - 1
+    value = value_features(roles.read(batch), batch.reply_mask)[0, last]
+    reward = reward_features(roles.read(before), before.reply_mask)[0]
+    seen = value[: len(reward)].clone()
+    # The reward model takes a reply that is cut off for whole: its last word has ended.
+    seen[RECALL:-1] = reward[RECALL:-1]
+    torch.testing.assert_close(seen, reward, rtol=1e-2, atol=1e-2)
+
+
+def test_features_do_not_depend_on_the_batch(roles: Roles) -> None:
+    prompt = roles.prompt_ids([{"role": "user", "content": "hello"}])
+    sequences = [(prompt, roles.reply_ids("a b c d e f")), (prompt, roles.reply_ids("a"))]
+    together = read_features(roles, sequences)
+    alone = torch.cat([read_features(roles, [sequence]) for sequence in sequences])
+    torch.testing.assert_close(together, alone, atol=2e-2, rtol=2e-2)
+
+
+def test_nothing_said_agrees_with_nothing() -> None:
+    assert agreement(torch.zeros(2, 3)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_the_anchor_is_asked_each_prompt_once_and_says_the_same_for_the_same_seed(
+    roles: Roles, prompts: list[list[int]]
+) -> None:
+    sampler = Sampler(roles.end_ids, max_tokens=6)
+    one = ask_consensus(roles, sampler, [*prompts, *prompts], seed=3)
+    assert set(one.shares) == set(map(tuple, prompts))
+    assert any(one.shares.values())
+    assert all(0.0 < share <= 1.0 for words in one.shares.values() for share in words.values())
+    assert ask_consensus(roles, sampler, prompts, seed=3) == one
+    assert ask_consensus(roles, sampler, prompts, seed=4) != one
+
+
+def test_the_policy_has_no_say_in_the_consensus(roles: Roles, prompts: list[list[int]]) -> None:
+    sampler = Sampler(roles.end_ids, max_tokens=6)
+    before = ask_consensus(roles, sampler, prompts, seed=3)
+    kept = roles.policy_state()
+    with torch.no_grad():
+        for weights in roles.policy_parameters():
+            weights.add_(0.5)
+    after = ask_consensus(roles, sampler, prompts, seed=3)
+    roles.load_policy_state(kept)
+    assert after == before
+
+
+def test_a_tokens_piece_keeps_its_space(roles: Roles) -> None:
+    ids = roles.tokenizer("is a lemon", add_special_tokens=False)["input_ids"]
+    assert "".join(roles.piece(token) for token in ids).strip() == "is a lemon"
+    assert roles.piece(roles.end_ids[0]) == ""
