@@ -81,6 +81,8 @@ class Iteration:
     """1 - Var(return - value) / Var(return)."""
     guard: Guarded | None = None
     """Right replies to some of the guard set; None without one."""
+    passes: int = 0
+    """Over the rollouts; 0 where an earlier release did not count them, and by methods that have none."""
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Iteration":

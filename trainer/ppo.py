@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -53,8 +54,10 @@ class PPOSettings:
     iterations: int = 30
     rollouts: int = 256
     """Replies sampled in an iteration."""
-    epochs: int = 3
-    """Passes over an iteration's rollouts."""
+    epochs: int = 6
+    """Passes over an iteration's rollouts, at most."""
+    most_moved: float = 0.5
+    """KL to the policy that sampled, nats per reply, past which its rollouts are passed over no more: they speak of that one."""
     minibatch: int = 64
     """Sequences in an optimiser step."""
     microbatch: int = 32
@@ -110,6 +113,16 @@ class Microbatch:
     @property
     def mask(self) -> Tensor:
         return self.batch.reply_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What a step, or all of a pass over the rollouts, saw of the policy as it was before each step."""
+
+    clipped: float
+    """Share of tokens past the clip."""
+    moved: float
+    """KL to the policy that sampled, nats per reply (k3)."""
 
 
 class PPO:
@@ -179,11 +192,7 @@ class PPO:
         # 5. a few passes of clipped updates of the policy; the value is fit to the returns
         memory.give_back()  # updates need the most, and tensors of other sizes
         self.optimizer.param_groups[0]["lr"] = self._learning_rate(number)
-        clipped = [
-            self._update(minibatch)
-            for _ in range(settings.epochs)
-            for minibatch in self._shuffled_minibatches(microbatches)
-        ]
+        passes = self._improve(microbatches)
         self.value.fade()
         for part in microbatches:
             self.value.add(part.features, part.returns, part.mask)
@@ -194,8 +203,20 @@ class PPO:
             self.kl_coefficient, self._mean_kl(ppo_math.kl_k1, microbatches), settings.kl_budget
         )
         return Iteration(
-            number=number, kl_coefficient=self.kl_coefficient, clipped=sum(clipped) / len(clipped), **measured
+            number=number,
+            kl_coefficient=self.kl_coefficient,
+            clipped=fmean(each.clipped for each in passes),
+            passes=len(passes),
+            **measured,
         )
+
+    def _improve(self, microbatches: Sequence[Microbatch]) -> list[Pass]:
+        """Passes over the rollouts, until the policy has moved as far from the one that sampled as it may."""
+        done: list[Pass] = []
+        while len(done) < self.settings.epochs and (not done or done[-1].moved <= self.settings.most_moved):
+            steps = [self._update(minibatch) for minibatch in self._shuffled_minibatches(microbatches)]
+            done.append(Pass(fmean(each.clipped for each in steps), fmean(each.moved for each in steps)))
+        return done
 
     def _learning_rate(self, number: int) -> float:
         """Up over the warm-up, then down over the run."""
@@ -267,10 +288,10 @@ class PPO:
         for start in range(0, len(shuffled), size):
             yield shuffled[start : start + size]
 
-    def _update(self, minibatch: Sequence[Microbatch]) -> float:
-        """One optimiser step on the mean loss over the minibatch's tokens. Returns the share of clipped tokens."""
+    def _update(self, minibatch: Sequence[Microbatch]) -> Pass:
+        """One optimiser step on the mean loss over the minibatch's tokens."""
         num_tokens = self.team.sum(torch.stack([part.mask.sum() for part in minibatch]).sum())
-        total_loss, num_clipped = 0.0, 0.0
+        total_loss, num_clipped, moved = 0.0, 0.0, 0.0
         for part in minibatch:
             logprobs = self.roles.logprobs(part.batch, self.settings.temperature)
             losses, clipped = ppo_math.policy_loss(
@@ -280,8 +301,12 @@ class PPO:
             loss.backward()  # type: ignore[no-untyped-call]
             total_loss += loss.item()
             num_clipped += clipped.sum().item()
+            # Of replies that the old policy drew: KL(old || new) by k3.
+            moved += (ppo_math.kl_k3(part.old, logprobs.detach()) * part.mask).sum().item()
         parameters = self.optimizer.param_groups[0]["params"]
-        total_loss, num_clipped = self.team.sum_numbers(total_loss, num_clipped)
+        total_loss, num_clipped, moved, num_replies = self.team.sum_numbers(
+            total_loss, num_clipped, moved, sum(len(part.ended) for part in minibatch)
+        )
         if not math.isfinite(total_loss):
             raise NonFinite(f"PPO's loss became {total_loss}.")
         self.team.sum_gradients(parameters)
@@ -290,7 +315,7 @@ class PPO:
             raise NonFinite(f"The length of PPO's gradient became {length}.")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return num_clipped / float(num_tokens)
+        return Pass(num_clipped / float(num_tokens), moved / num_replies)
 
     def _measure(self, number: int, microbatches: Sequence[Microbatch]) -> dict[str, Any]:
         def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,5 @@
 """What heads read of a reply, on a tiny model whose anchor was asked."""
 
-
 import pytest
 import torch
 

@@ -165,3 +165,12 @@ def test_one_unlikely_token_does_not_move_what_kl_is_steered_by() -> None:
     likely, unlikely = torch.tensor([-1.0]), torch.tensor([-9.0])
     assert ppo_math.kl_k3(unlikely, likely).item() > 1000
     assert ppo_math.kl_k1(unlikely, likely).item() == -8.0
+
+
+def test_rollouts_are_passed_over_no_more_once_the_policy_has_moved_away_from_them(roles: Roles) -> None:
+    for weights in roles.policy_parameters():
+        torch.nn.init.normal_(weights, std=0.02, generator=torch.Generator().manual_seed(0))
+    settings = replace(SETTINGS, epochs=4, warmup=1)
+    whole = start(roles, replace(settings, most_moved=100.0)).iterate(1)
+    cut = start(roles, replace(settings, most_moved=0.0)).iterate(1)
+    assert (whole.passes, cut.passes) == (4, 1)
