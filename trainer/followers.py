@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.iterations import NonFinite
+from trainer.iterations import Unsound
 from trainer.models import Origin, Roles
 from trainer.ppo import PPO, PPOSettings, train
 from trainer.reward_model import Head
@@ -44,7 +44,7 @@ def called_to(run: PPO) -> Iterator[None]:
     team.tell(Job(run.roles.origin, policy, run.ensemble, run.judge, run.prompts, run.settings, run.seed))
     try:
         yield
-    except NonFinite:  # which all of them raise
+    except Unsound:  # which all of them raise
         raise
     except BaseException:
         team.in_step = False
@@ -58,5 +58,5 @@ def follow(team: Team) -> None:
         roles = Roles.load(*origin, device=team.device)
         roles.load_policy_state(job.policy)
         run = PPO(roles, job.ensemble, job.judge, job.prompts, job.settings, job.seed, team)
-        with suppress(NonFinite):
+        with suppress(Unsound):
             train(run, NOWHERE, lambda iteration: None)
