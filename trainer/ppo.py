@@ -77,8 +77,8 @@ class PPOSettings:
     most_weight: float = 2.0
     """Largest importance weight of a token, which corrects for the gap between sampler and trainer."""
     most_gap: float = 0.1
-    """Largest mean gap between sampler and trainer, in nats per token. In bfloat16 right weights are off by .001 to .006 (a random model's
-    by up to .05), those of two iterations before by more than this once the learning rate is up."""
+    """Largest mean gap between sampler and trainer, in nats per token. In bfloat16 right weights are off by .001 to .006 (a random
+    model's by up to .05), those of two iterations before by more than this once the learning rate is up."""
     discount: float = 1.0
     trace: float = 0.95
     """lambda of generalised advantage estimation."""
