@@ -40,8 +40,6 @@ READ_BYTES = 1 << 18
 CHUNK_SECONDS = 0.04
 """A stream comes in chunks of about so long after its first token: a token by itself costs as much as several together, here and in
 vLLM's own server."""
-REQUESTS = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
-"""How the lines of its metrics begin that count requests."""
 JSON_HEADERS = {"content-type": "application/json"}
 
 
@@ -131,9 +129,6 @@ class Engine(Protocol):
         self, policy: str, prompt: list[int], *, max_tokens: int, end_ids: Sequence[int], priority: int
     ) -> Completion:
         """A reply drawn at temperature 1, to a prompt of token ids. priority: the larger, the later; users' requests have 0."""
-
-    async def num_requests(self) -> int:
-        """Requests that it is busy with or that wait, whoever they are from."""
 
     def drop(self) -> None:
         """End every generation under way with EngineGone: the replica gives no tokens any more, although it keeps its connections."""
@@ -277,10 +272,6 @@ class VllmEngine:
         if choice["finish_reason"] not in FINISHED:
             raise EngineUnavailable("The engine stopped before the answer was whole. Try again.")
         return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"])
-
-    async def num_requests(self) -> int:
-        lines = (await self.metrics()).splitlines()
-        return round(sum(float(line.split()[-1]) for line in lines if line.startswith(REQUESTS)))
 
     async def metrics(self) -> str:
         status, answer = await self._send("GET", "/metrics", None, CONTROL_SECONDS)

@@ -2,13 +2,14 @@
 
 For `ppo.py`, in the process that leads. Every replica is given the policy's adapter under a name that is never used again (nor is
 one that the service would see to), is asked for replies at low priority, and forgets it. An engine takes users' requests first; but
-what it already works on slows them down too, so while it has users it is given few of ours at once.
+what it already works on slows them down too, so while there are users each engine is given few of ours at once.
 
 A replica that fails is left out for the rest of the iteration, and what it owed is asked of another. What none has answered is
 for the trainer to sample.
 """
 
 import asyncio
+import math
 import secrets
 import shutil
 import time
@@ -18,24 +19,24 @@ from pathlib import Path
 
 import aiohttp
 
-from service.engine import Completion, Engine, VllmEngine, engine_connector
+from service.engine import Engine, VllmEngine, engine_connector
 from service.errors import EngineUnavailable, PolicyRefused
 from trainer.models import Roles
 from trainer.publish import save_adapter
 from trainer.rollouts import Rollout, Sampler
 
 PREFIX = "rollouts-"
-"""Of the adapters' names, and of their folders'. Whatever is called so when an iteration begins was left by one that was killed."""
+"""Of the adapters' names, and of their folders'. What is called so when an iteration begins was left by a run that was killed."""
 PRIORITY = 10
 """Users' requests have 0, and go first."""
 AT_ONCE = 32
-"""Replies that one replica is asked for at once; more gain little, and are in users' way for as long as they take."""
+"""Replies that a replica is asked for at once. On two cores twice as many gave no more."""
 AT_ONCE_BESIDE_USERS = 1
-"""The same while it has users, and for `QUIET_SECONDS` after: with 32 in eight requests users' replies took 2.5 times as long."""
+"""The same while there are users."""
+QUIET_SECONDS = 30.0
+"""There are users until nobody has asked for so long: a reply takes a while, and so does reading it."""
 LOOK_SECONDS = 0.5
-"""How often each replica is asked whether it has users."""
-QUIET_SECONDS = 5.0
-"""Somebody who has just read a reply may ask again."""
+"""How often it is asked whether there are users."""
 PATIENCE_SECONDS = 300.0
 """For an iteration: what has not come by then the trainer samples, however many users there are."""
 
@@ -49,12 +50,15 @@ class FleetSampler:
     def __init__(
         self,
         addresses: Callable[[], Sequence[str]],
+        idle_seconds: Callable[[], float],
         folder: Path,
         say: Callable[[str], None],
         connect: Connect = VllmEngine,
     ) -> None:
-        """addresses: of the replicas that serve. folder: the cycle's, which engines can read. say: one line for people."""
+        """addresses: of the replicas that serve. idle_seconds: since a user last asked something. folder: the cycle's, which engines
+        can read. say: one line for people."""
         self._addresses = addresses
+        self._idle_seconds = idle_seconds
         self._folder = folder
         self._say = say
         self._connect = connect
@@ -62,7 +66,7 @@ class FleetSampler:
     def sample(self, roles: Roles, prompts: Sequence[list[int]], sampler: Sampler) -> list[Rollout | None]:
         """One reply of the policy to each prompt, in the order given; None where no replica gave one."""
         assert (sampler.temperature, sampler.min_p) == (1.0, 0.0), (
-            "engines report log-probabilities of no other"
+            "engines tell log-probabilities of no other"
         )
         for left in self._folder.glob(f"{PREFIX}*"):
             shutil.rmtree(left)
@@ -81,7 +85,7 @@ class FleetSampler:
             replicas = [_Replica(self._connect(url, session)) for url in self._addresses()]
             try:
                 await asyncio.gather(*(replica.prepare(name, adapter) for replica in replicas))
-                found = await _Round(replicas, name, sampler).ask(prompts)
+                found = await _Round(replicas, name, sampler, self._idle_seconds).ask(prompts)
             finally:
                 await asyncio.gather(*(replica.unload(name) for replica in replicas))
         self._report(found, replicas)
@@ -105,16 +109,7 @@ class _Replica:
         """Why it is left out; empty while it is not."""
         self.context_tokens = 0
         self.running = 0
-        """Requests of ours."""
-        self.most = AT_ONCE_BESIDE_USERS
-        """So many of ours it may have."""
-        self._peak = 0
-        """The most that it had of ours since the last look."""
-        self._quiet_at = time.monotonic()
-
-    @property
-    def is_free(self) -> bool:
-        return not self.failure and self.running < self.most
+        """Replies that it is asked for now."""
 
     async def prepare(self, name: str, adapter: Path) -> None:
         """Loads the adapter, and forgets what a run that was killed has left."""
@@ -126,7 +121,6 @@ class _Replica:
             await self.engine.load(name, str(adapter))
             await self.engine.complete_one(name)
             self.context_tokens = models.context_tokens
-            await self.look()
         except (EngineUnavailable, PolicyRefused) as error:
             self.failure = error.message
 
@@ -134,39 +128,33 @@ class _Replica:
         with suppress(EngineUnavailable):
             await self.engine.unload(name)
 
-    def begin(self) -> None:
-        self.running += 1
-        self._peak = max(self._peak, self.running)
-
-    async def look(self) -> None:
-        """Sees whether it has users: who asked what we did not. Raises EngineUnavailable."""
-        num_requests = await self.engine.num_requests()
-        if num_requests > self._peak:
-            self._quiet_at = time.monotonic() + QUIET_SECONDS
-        self._peak = self.running
-        self.most = AT_ONCE if time.monotonic() >= self._quiet_at else AT_ONCE_BESIDE_USERS
-
 
 class _Round:
     """An iteration's prompts, asked of replicas that have the adapter."""
 
-    def __init__(self, replicas: Sequence[_Replica], name: str, sampler: Sampler) -> None:
+    def __init__(
+        self, replicas: Sequence[_Replica], name: str, sampler: Sampler, idle_seconds: Callable[[], float]
+    ) -> None:
         self._replicas = replicas
         self._name = name
         self._sampler = sampler
-        self._changed = asyncio.Condition()
-        """A replica may be free now, or left out."""
+        self._idle_seconds = idle_seconds
+        self._looked_at = -math.inf
+        self._at_once = AT_ONCE_BESIDE_USERS
+        self._answered = asyncio.Condition()
+        """Or failed: somebody's turn may have come."""
 
     async def ask(self, prompts: Sequence[list[int]]) -> list[Rollout | None]:
         """As `FleetSampler.sample`. What is still under way when patience ends is aborted."""
-        watches = [asyncio.create_task(self._watch(replica)) for replica in self._replicas]
+        if not prompts:
+            return []
         tasks = [asyncio.create_task(self._reply(prompt)) for prompt in prompts]
         try:
             done, _ = await asyncio.wait(tasks, timeout=PATIENCE_SECONDS)
         finally:
-            for task in (*watches, *tasks):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*watches, *tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         return [task.result() if task in done else None for task in tasks]
 
     async def _reply(self, prompt: list[int]) -> Rollout | None:
@@ -174,7 +162,7 @@ class _Round:
         room = min(self._sampler.max_tokens, self._sampler.context_tokens - len(prompt))
         if room < 1:
             return None
-        while (replica := await self._take(len(prompt) + room)) is not None:
+        while (replica := await self._take_turn(len(prompt) + room)) is not None:
             try:
                 completion = await replica.engine.complete(
                     self._name,
@@ -183,45 +171,33 @@ class _Round:
                     end_ids=self._sampler.end_ids,
                     priority=PRIORITY,
                 )
-                return self._rollout(prompt, completion)
+                ended = completion.token_ids[-1] in self._sampler.end_ids
+                return Rollout(prompt, completion.token_ids, completion.logprobs, ended)
             except EngineUnavailable as error:
                 replica.failure = error.message
             finally:
                 replica.running -= 1
-                await self._announce()
+                async with self._answered:
+                    self._answered.notify_all()
         return None
 
-    def _rollout(self, prompt: list[int], completion: Completion) -> Rollout:
-        ended = completion.token_ids[-1] in self._sampler.end_ids
-        return Rollout(prompt, completion.token_ids, completion.logprobs, ended)
+    async def _take_turn(self, num_tokens: int) -> _Replica | None:
+        """With the replica that is asked least now; waits for it. None where none is left, or none has such a context."""
 
-    async def _take(self, num_tokens: int) -> _Replica | None:
-        """A turn with the replica that has most room for more; waits for it. None where none is left that has such a context."""
+        def least_asked() -> _Replica | None:
+            left = [each for each in self._replicas if not each.failure and each.context_tokens >= num_tokens]
+            return min(left, key=lambda each: each.running, default=None)
 
-        def fitting() -> list[_Replica]:
-            return [each for each in self._replicas if not each.failure and each.context_tokens >= num_tokens]
-
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: not (left := fitting()) or any(each.is_free for each in left)
-            )
-            free = [each for each in fitting() if each.is_free]
-            if not free:
-                return None
-            chosen = max(free, key=lambda each: each.most - each.running)
-            chosen.begin()
+        async with self._answered:
+            while (chosen := least_asked()) is not None and chosen.running >= self._may_have():
+                await self._answered.wait()
+            if chosen is not None:
+                chosen.running += 1
             return chosen
 
-    async def _watch(self, replica: _Replica) -> None:
-        """Looks again and again, until it is left out."""
-        while not replica.failure:
-            await asyncio.sleep(LOOK_SECONDS)
-            try:
-                await replica.look()
-            except EngineUnavailable as error:
-                replica.failure = error.message
-            await self._announce()
-
-    async def _announce(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def _may_have(self) -> int:
+        """So many replies a replica may be asked for at once."""
+        if time.monotonic() >= self._looked_at + LOOK_SECONDS:
+            self._looked_at = time.monotonic()
+            self._at_once = AT_ONCE if self._idle_seconds() >= QUIET_SECONDS else AT_ONCE_BESIDE_USERS
+        return self._at_once

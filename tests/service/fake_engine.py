@@ -57,8 +57,6 @@ class FakeEngine:
     most_completing: int = 0
     """At once, so far."""
     priorities: set[int] = field(default_factory=set)
-    users: int = 0
-    """Requests of others."""
     asked: list[tuple[str, list[Message], Sampling, int]] = field(default_factory=list)
     aborted: int = 0
     forgotten: int = 0
@@ -176,10 +174,6 @@ class FakeEngine:
         self.completed.append(prompt)
         token_ids = [*prompt, end_ids[0]][:max_tokens]
         return Completion(token_ids, [self.logprobs.get(policy, -1.0)] * len(token_ids))
-
-    async def num_requests(self) -> int:
-        self._check_alive()
-        return self.completing + self.users
 
     async def metrics(self) -> str:
         self._check_alive()

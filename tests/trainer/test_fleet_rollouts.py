@@ -1,6 +1,7 @@
 """Rollouts by engines: faults and users with fakes; and the real vLLM, whose replies must be those of the policy that is trained."""
 
 import io
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -59,6 +60,8 @@ class Cycling:
 
     folder: Path
     engines: Sequence[FakeEngine]
+    idle_seconds: float = math.inf
+    """Since a user last asked."""
     said: list[str] = field(default_factory=list)
 
     def sample(self, roles: Roles, prompts: Sequence[list[int]] = PROMPTS) -> list[Rollout | None]:
@@ -68,7 +71,9 @@ class Cycling:
             return known[url]
 
         self.folder.mkdir(exist_ok=True)
-        sampler = FleetSampler(lambda: list(known), self.folder, self.said.append, connect)
+        sampler = FleetSampler(
+            lambda: list(known), lambda: self.idle_seconds, self.folder, self.said.append, connect
+        )
         return sampler.sample(roles, prompts, SAMPLER)
 
 
@@ -174,7 +179,7 @@ def test_a_prompt_that_engines_have_no_room_for_is_left_to_the_trainer(roles: Ro
     prompts = [[7] * most, [7] * (most + 1), [7] * SAMPLER.context_tokens, [7] * 600]
     sampler = replace(SAMPLER, context_tokens=1000)  # the fake's is 512
     engine = FakeEngine()
-    fleet = FleetSampler(lambda: ["fake"], folder, lambda _: None, lambda *_: engine)
+    fleet = FleetSampler(lambda: ["fake"], lambda: math.inf, folder, lambda _: None, lambda *_: engine)
     folder.mkdir()
     found = fleet.sample(roles, prompts, sampler)
     assert [reply is not None for reply in found] == [True, True, True, False]
@@ -204,34 +209,31 @@ def test_an_error_of_our_own_leaves_no_adapter_behind(roles: Roles, folder: Path
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(("users", "most"), [(0, fleet_rollouts.AT_ONCE), (3, 1)])
-def test_an_engine_that_has_users_is_asked_for_little_at_once(
-    users: int, most: int, roles: Roles, folder: Path
+@pytest.mark.parametrize(("idle_seconds", "most"), [(31.0, fleet_rollouts.AT_ONCE), (29.0, 1)])
+def test_while_there_are_users_an_engine_is_asked_for_little_at_once(
+    idle_seconds: float, most: int, roles: Roles, folder: Path
 ) -> None:
-    engine = FakeEngine(users=users, pause_seconds=0.01)
-    assert Cycling(folder, [engine]).sample(roles) == REPLIES
-    assert engine.most_completing == most
+    engines = [FakeEngine(url, pause_seconds=0.01) for url in "ab"]
+    assert Cycling(folder, engines, idle_seconds).sample(roles, PROMPTS * 2) == REPLIES * 2
+    assert [engine.most_completing for engine in engines] == [most, most]
 
 
-def test_users_who_come_make_it_less_and_once_they_have_been_gone_for_a_while_it_is_more_again(
+def test_users_who_come_make_it_less_and_once_they_are_gone_it_is_more_again(
     roles: Roles, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fleet_rollouts, "LOOK_SECONDS", 0.005)
-    monkeypatch.setattr(fleet_rollouts, "QUIET_SECONDS", 0.2)
     begun: list[tuple[int, int]] = []
 
     class Visited(FakeEngine):
         """Has users from its 40th reply to its 100th."""
 
-        async def num_requests(self) -> int:
-            self.users = 2 if 40 <= len(self.completed) < 100 else 0
-            return await super().num_requests()
-
         async def complete(self, *arguments: Any, **named: Any) -> Completion:
+            cycling.idle_seconds = 3.0 if 40 <= len(self.completed) < 100 else 60.0
             begun.append((len(self.completed), self.completing + 1))
             return await super().complete(*arguments, **named)
 
-    assert Cycling(folder, [Visited(pause_seconds=0.02)]).sample(roles, PROMPTS * 4) == REPLIES * 4
+    cycling = Cycling(folder, [Visited(pause_seconds=0.02)])
+    assert cycling.sample(roles, PROMPTS * 4) == REPLIES * 4
 
     def most(first: int, last: int) -> int:
         return max(at_once for completed, at_once in begun if first <= completed < last)
@@ -259,7 +261,9 @@ def test_the_real_engine_gives_replies_of_the_policy_that_is_trained(
     sampler = Sampler((*roles.end_ids, 60, 61, 62, 63), max_tokens=24)  # it hardly ever ends by itself
     rollouts = [
         rollout
-        for rollout in FleetSampler(lambda: [vllm], folder, said.append).sample(roles, PROMPTS, sampler)
+        for rollout in FleetSampler(lambda: [vllm], lambda: math.inf, folder, said.append).sample(
+            roles, PROMPTS, sampler
+        )
         if rollout is not None
     ]
     assert said == []
@@ -295,7 +299,7 @@ def test_an_engine_that_goes_on_with_stale_weights_ends_the_run(
     )
     folder.mkdir()
     run = start(roles)
-    run.fleet = FleetSampler(lambda: [vllm], folder, pytest.fail)
+    run.fleet = FleetSampler(lambda: [vllm], lambda: math.inf, folder, pytest.fail)
     seen: list[Iteration] = []
     with pytest.raises(GapTooWide, match="were not drawn from the policy that is trained"):
         ppo.train(run, tmp_path / "checkpoints", seen.append)
