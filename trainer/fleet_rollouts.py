@@ -189,14 +189,14 @@ class _Round:
             return min(left, key=lambda each: each.running, default=None)
 
         async with self._answered:
-            while (chosen := least_asked()) is not None and chosen.running >= self._may_have():
+            while (chosen := least_asked()) is not None and chosen.running >= self._most_now():
                 await self._answered.wait()
             if chosen is not None:
                 chosen.running += 1
             return chosen
 
-    def _may_have(self) -> int:
-        """So many replies a replica may be asked for at once."""
+    def _most_now(self) -> int:
+        """Replies that a replica may be asked for at once."""
         if time.monotonic() >= self._looked_at + LOOK_SECONDS:
             self._looked_at = time.monotonic()
             self._at_once = AT_ONCE if self._idle_seconds() >= QUIET_SECONDS else AT_ONCE_BESIDE_USERS
