@@ -65,9 +65,7 @@ class FleetSampler:
 
     def sample(self, roles: Roles, prompts: Sequence[list[int]], sampler: Sampler) -> list[Rollout | None]:
         """One reply of the policy to each prompt, in the order given; None where no replica gave one."""
-        assert (sampler.temperature, sampler.min_p) == (1.0, 0.0), (
-            "engines tell log-probabilities of no other"
-        )
+        assert (sampler.temperature, sampler.min_p) == (1.0, 0.0)  # of which engines tell log-probabilities
         for left in self._folder.glob(f"{PREFIX}*"):
             shutil.rmtree(left)
         name = f"{PREFIX}{self._folder.name}-{secrets.token_hex(8)}"
