@@ -1,7 +1,7 @@
 """The only door to vLLM. Speaks its HTTP API; knows nothing of users, comparisons or the database.
 
 A request body is built anew from the fields named here, so nothing that a client sends gets there unseen.
-Used by `fleet.py` (health, loading, probing) and `chat.py` (generation).
+Used by `fleet.py` (health, loading, probing), `chat.py` (generation) and the trainer (rollouts).
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from service.errors import (
     PolicyRefused,
 )
 from service.pace import Pace
-from service.pieces import Piece, gone, only, pieces, read_whole
+from service.pieces import FINISHED, Piece, gone, only, pieces, read_whole
 
 CONNECT_SECONDS = 2.0
 KEEP_SECONDS = 3.0
@@ -34,6 +34,8 @@ CONTROL_SECONDS = 10.0
 TOKEN_SECONDS = 30.0
 """For one token: a busy engine, or one that compiles a kernel, takes long; a hung one takes for ever."""
 LOAD_SECONDS = 120.0
+COMPLETION_SECONDS = 120.0
+"""For a whole completion, the time in which others go first included."""
 READ_BYTES = 1 << 18
 CHUNK_SECONDS = 0.04
 """A stream comes in chunks of about so long after its first token: a token by itself costs as much as several together, here and in
@@ -74,6 +76,16 @@ class Models:
     context_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole reply, by its tokens."""
+
+    token_ids: list[int]
+    """With the one that ended it."""
+    logprobs: list[float]
+    """Nats, of each token."""
+
+
 class Engine(Protocol):
     """One replica, as the rest of the service sees it. Methods raise EngineUnavailable where they fail."""
 
@@ -112,6 +124,11 @@ class Engine(Protocol):
 
     async def logprob(self, policy: str, prefix: list[int], token: int) -> float:
         """Log-probability (nats, temperature 1) of `token` after `prefix`."""
+
+    async def complete(
+        self, policy: str, prompt: list[int], *, max_tokens: int, end_ids: Sequence[int], priority: int
+    ) -> Completion:
+        """A reply drawn at temperature 1, to a prompt of token ids. priority: the larger, the later; users' requests have 0."""
 
     def drop(self) -> None:
         """End every generation under way with EngineGone: the replica gives no tokens any more, although it keeps its connections."""
@@ -234,6 +251,27 @@ class VllmEngine:
         }
         answer = await self._call("POST", "/v1/completions", body, TOKEN_SECONDS)
         return float(answer["choices"][0]["logprobs"]["token_logprobs"][0])
+
+    async def complete(
+        self, policy: str, prompt: list[int], *, max_tokens: int, end_ids: Sequence[int], priority: int
+    ) -> Completion:
+        body = {
+            "model": self._served_name(policy),
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 1.0,  # what vLLM reports are log-probabilities at 1, whatever it draws at
+            "logprobs": 0,
+            "return_token_ids": True,
+            "ignore_eos": True,  # these tokens end a reply, and no others
+            "stop_token_ids": list(end_ids),
+            "priority": priority,
+            "cache_salt": policy,
+        }
+        answer = await self._call("POST", "/v1/completions", body, COMPLETION_SECONDS)
+        choice = answer["choices"][0]
+        if choice["finish_reason"] not in FINISHED:
+            raise EngineUnavailable("The engine stopped before the answer was whole. Try again.")
+        return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"])
 
     async def metrics(self) -> str:
         status, answer = await self._send("GET", "/metrics", None, CONTROL_SECONDS)

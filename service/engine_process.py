@@ -60,9 +60,10 @@ def engine_command(settings: Settings, model: Path, host: str = "127.0.0.1") -> 
         "--generation-config": "vllm",  # a model's own sampling defaults would change replies behind our back
         "--scheduling-policy": "priority",
     }
+    num_adapters = settings.engine_max_adapters + (settings.rollouts == "fleet")
     adapters = {
-        "--max-loras": str(settings.engine_max_adapters),
-        "--max-cpu-loras": str(settings.engine_max_adapters),
+        "--max-loras": str(num_adapters),
+        "--max-cpu-loras": str(num_adapters),
         "--max-lora-rank": str(next(rank for rank in RANKS if rank >= settings.max_lora_rank)),
     }
     flags = ["--disable-uvicorn-access-log"]

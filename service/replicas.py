@@ -1,7 +1,7 @@
 """The record of replicas: which addresses the fleet is made of.
 
 It begins with the addresses that the settings name. What an operator changes while it runs is a row here, which outlasts restarts and
-goes before the settings. Used by the reconciler, which follows it, and by `operator_replicas.py`.
+goes before the settings. Used by the reconciler, which follows it, by `operator_replicas.py`, and by the trainer for its rollouts.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import Literal
 from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from service.errors import Conflict, NotFound
 from service.policies import CHANNEL
@@ -21,8 +22,13 @@ Addresses = dict[str, State]
 
 
 async def read(session: AsyncSession, settings_urls: Sequence[str]) -> Addresses:
+    """As `read_now`."""
+    return await session.run_sync(read_now, settings_urls)
+
+
+def read_now(session: Session, settings_urls: Sequence[str]) -> Addresses:
     """The replicas that are wanted: the settings' first, then those that were added."""
-    rows = await session.execute(select(ReplicaRow.url, ReplicaRow.state).order_by(ReplicaRow.url))
+    rows = session.execute(select(ReplicaRow.url, ReplicaRow.state).order_by(ReplicaRow.url))
     wanted: Addresses = dict.fromkeys(settings_urls, "serving")
     wanted |= {row.url: row.state for row in rows}
     return {url: state for url, state in wanted.items() if state != "removed"}

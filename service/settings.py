@@ -8,7 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import SettingsError
@@ -57,7 +58,7 @@ class Settings(BaseSettings):
     """`adapter`: engines hold several policies at once. `merged`: one at a time, as a whole model, for more throughput, and for models
     that take no adapters; a trial then needs a second replica, and one service process answers at a time."""
     engine_max_adapters: int = Field(4, ge=3)
-    """Adapters that an engine holds at once (live, previous, challenger, and one being loaded)."""
+    """Adapters that an engine holds at once (live, previous, challenger, and one being loaded); `RATCHET_ROLLOUTS=fleet` adds one."""
     max_lora_rank: int = Field(32, ge=8)
     """Largest adapter rank that the engine takes; `RATCHET_LORA_RANK` must not exceed it."""
     max_model_tokens: int = Field(0, ge=0)
@@ -142,6 +143,9 @@ class Settings(BaseSettings):
     """File of the guard set (JSON lines, see `trainer/guard.py`); unset: `guard.jsonl` in the model's folder, if any."""
     method: Literal["ppo", "dpo", "orpo"] = "ppo"
     """How a policy is learnt: `ppo` against the reward model, or from the votes directly by TRL's `dpo` or `orpo`."""
+    rollouts: Literal["local", "fleet"] = "local"
+    """Who samples PPO's replies. `local`: the trainer, and the same seed gives the same policy. `fleet`: the engines, where users go
+    first; what no engine answers the trainer samples."""
     max_reply_tokens: int = Field(64, ge=1)
     """Longest reply in tokens that the trainer samples."""
     ppo_iterations: int = Field(30, ge=1)
@@ -152,6 +156,16 @@ class Settings(BaseSettings):
     """KL to the anchor that training steers to, in nats per reply."""
     lora_rank: int = Field(16, ge=1)
     """Rank of a policy's adapter."""
+
+    @field_validator("rollouts")
+    @classmethod
+    def _adapters_for_rollouts(cls, rollouts: str, info: ValidationInfo) -> str:
+        if rollouts == "fleet" and info.data.get("delivery") == "merged":
+            raise PydanticCustomError(
+                "no_adapters",
+                "`fleet` needs adapters, which RATCHET_DELIVERY=merged gives engines none of: set `local`, or deliver by `adapter`",
+            )
+        return rollouts
 
     @property
     def replica_urls(self) -> tuple[str, ...]:

@@ -27,7 +27,10 @@ TEMPLATE = "ratchet_template"
 NUMBERS = itertools.count(1)
 
 
-OF_ONE_ENGINE = ("tests/clients/", "tests/deploy/", "tests/service/test_engine.py")
+OF_ONE_ENGINE = (
+    *("tests/clients/", "tests/deploy/", "tests/service/test_engine.py"),
+    "tests/trainer/test_fleet_rollouts.py",
+)
 
 
 LONG = (

@@ -7,6 +7,7 @@ A cycle that was cut off is taken up again from its snapshot; one whose policy w
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,11 +21,13 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session, sessionmaker
 from torch.utils.tensorboard import SummaryWriter
 
+from service import replicas
 from service.policies import BASE, CHANNEL
 from service.settings import Settings
-from service.tables import Cycle, Deployment, Duel, Policy
+from service.tables import Cycle, Deployment, Duel, Policy, Prompt
 from trainer import ppo, preferences, publish, report, reward_model, snapshot
 from trainer.anchoring import Anchored, TooFewDemonstrations, learn_anchor
+from trainer.fleet_rollouts import FleetSampler
 from trainer.guard import Guard, load_guards
 from trainer.learning import Learned, Method, Recipe, Refused, TooFewVotes, learn
 from trainer.models import Roles
@@ -204,7 +207,28 @@ def _train(
     checkpoints = run.folder / "checkpoints"
     if recipe.method == "sft":
         return learn_anchor(roles, lesson, guards, recipe, run.seed, checkpoints, run)
-    return learn(roles, lesson.preferences, guards, recipe, run.seed, checkpoints, run, run.team)
+    return learn(
+        roles, lesson.preferences, guards, recipe, run.seed, checkpoints, run, run.team, _fleet_sampler(run)
+    )
+
+
+def _fleet_sampler(run: Run) -> FleetSampler | None:
+    """None where the trainer samples for itself."""
+    if run.settings.rollouts == "local":
+        return None
+
+    def addresses() -> list[str]:
+        with run.sessions() as session:
+            wanted = replicas.read_now(session, run.settings.replica_urls)
+        return [url for url, state in wanted.items() if state == "serving"]
+
+    def idle_seconds() -> float:
+        since = func.extract("epoch", func.clock_timestamp() - Prompt.created_at)
+        with run.sessions() as session:
+            newest = session.scalar(select(since).order_by(Prompt.id.desc()).limit(1))
+        return math.inf if newest is None else float(newest)
+
+    return FleetSampler(addresses, idle_seconds, run.folder, run.say)
 
 
 def _recipe(run: Run, start: Start) -> Recipe:

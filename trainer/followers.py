@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from trainer.consensus import Consensus
-from trainer.iterations import NonFinite
+from trainer.iterations import Unsound
 from trainer.models import Origin, Roles
 from trainer.ppo import PPO, PPOSettings, train
 from trainer.reward_model import Head
@@ -57,7 +57,7 @@ def called_to(run: PPO) -> Iterator[None]:
     )
     try:
         yield
-    except NonFinite:  # which all of them raise
+    except Unsound:  # which all of them raise
         raise
     except BaseException:
         team.in_step = False
@@ -72,5 +72,5 @@ def follow(team: Team) -> None:
         roles.load_policy_state(job.policy)
         roles.consensus = job.consensus
         run = PPO(roles, job.ensemble, job.judge, job.prompts, job.settings, job.seed, team)
-        with suppress(NonFinite):
+        with suppress(Unsound):
             train(run, NOWHERE, lambda iteration: None)

@@ -26,8 +26,16 @@ AVERAGED = 10
 ALL_DONE = "all iterations were done"
 
 
-class NonFinite(RuntimeError):
-    """A loss was not a number. The cycle ends; the live policy stays."""
+class Unsound(RuntimeError):
+    """Training cannot go on, which all of its processes find at once. The cycle ends; the live policy stays."""
+
+
+class NonFinite(Unsound):
+    """A loss was not a number."""
+
+
+class GapTooWide(Unsound):
+    """Replies were not drawn from the policy that is to learn from them."""
 
 
 class GuardWatch(Protocol):
@@ -83,6 +91,9 @@ class Iteration:
     """Right replies to some of the guard set; None without one."""
     passes: int = 0
     """Over the rollouts; 0 where an earlier release did not count them, and by methods that have none."""
+    gap: float = 0.0
+    """Mean absolute difference between sampler's and trainer's log-probabilities, nats per token; 0.0 where an earlier release did not
+    measure it."""
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Iteration":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer import followers, gate, ppo, preference_methods, reward_model, reward_quality, sft
 from trainer.features import ask_consensus, read_features
+from trainer.fleet_rollouts import FleetSampler
 from trainer.guard import Guard
 from trainer.iterations import GuardWatch, Iteration, Outcome, checkpoint_path, load_average, mix
 from trainer.models import POLICY, REFERENCE, Roles
@@ -115,10 +116,11 @@ def learn(
     checkpoints: Path,
     watch: Watch,
     team: Team = ALONE,
+    fleet: FleetSampler | None = None,
 ) -> Learned:
-    """Trains the policy in `roles`, which begins as the live one. Raises TooFewVotes, Refused, NonFinite.
+    """Trains the policy in `roles`, which begins as the live one. Raises TooFewVotes, Refused, Unsound.
 
-    team: led by this process; the others, in `followers.follow`, take part in PPO.
+    team: led by this process; the others, in `followers.follow`, take part in PPO. fleet: samples PPO's replies, where it can.
     """
     decided = len(preferences.decided)
     if decided < MIN_PAIRS:
@@ -134,7 +136,9 @@ def learn(
     prompts = [pair.prompt for pair in held_out]
     examination = gate.Examination(roles, rewards.judge, served, prompts, held_out, guards, seed)
     guard = examination.guard_set()
-    outcome = _train(roles, rewards, preferences.prompts, recipe, seed, checkpoints, watch, guard, team)
+    outcome = _train(
+        roles, rewards, preferences.prompts, recipe, seed, checkpoints, watch, guard, team, fleet
+    )
     # With every iteration again: an earlier run may have been cut off between one's end and its note.
     iterations = [asdict(iteration) for iteration in outcome.iterations]
     training = {"method": recipe.method, "iterations": iterations, "kept": outcome.kept, "why": outcome.why}
@@ -239,12 +243,13 @@ def _train(
     watch: Watch,
     guard: GuardWatch | None,
     team: Team,
+    fleet: FleetSampler | None,
 ) -> Outcome:
     """By the recipe's method; each measures its iterations alike."""
     ensemble, judge = rewards.ensemble, rewards.judge
     if recipe.method == "ppo":
         total = recipe.policy.iterations
-        training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed, team)
+        training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed, team, fleet)
         with followers.called_to(training):
             return ppo.train(
                 training, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, total), guard

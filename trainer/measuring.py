@@ -13,7 +13,7 @@ from trainer import ppo_math
 from trainer.features import reward_features
 from trainer.iterations import Iteration
 from trainer.models import Roles
-from trainer.ppo import Microbatch, PPOSettings, disagreement, pessimistic
+from trainer.ppo import Microbatch, PPOSettings, disagreement, pessimistic, sampled_logprobs
 from trainer.repetition import repeats
 from trainer.reward_model import Head
 from trainer.rollouts import Rollout
@@ -60,6 +60,7 @@ def measure(
         repeated=means["repeated"],
         clipped=0.0,
         value_explained=0.0,
+        gap=means["gap"] / means["length"],
     )
 
 
@@ -75,6 +76,7 @@ def _read(
     return Microbatch(
         batch=batch,
         old=roles.logprobs(batch, scoring.temperature),
+        sampled=sampled_logprobs(batch, rollouts),
         reference=reading.logprobs,
         features=empty,
         values=empty,
@@ -95,6 +97,7 @@ def _facts(part: Microbatch, scoring: PPOSettings) -> dict[str, Tensor]:
         "disagreement": disagreement(part),
         "kl": (ppo_math.kl_k3(part.old, part.reference) * part.mask).sum(1),
         "surprise": -part.old.sum(1),
+        "gap": ppo_math.gaps(part.old, part.sampled, part.mask).sum(1),
         "length": part.mask.sum(1),
         "ended": part.ended,
         "repeated": part.repeated,

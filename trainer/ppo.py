@@ -7,6 +7,9 @@ on votes that training never saw) says where on that curve it was best; that pol
 Several processes (`team.py`) may share a run: each samples and reads its part of every microbatch, and what is a sum or a mean is
 one over all of them, so that losses and policy are those of one process on the same rollouts.
 
+Whoever samples, here or in an engine, rounds otherwise than the pass that trains, and an engine may hold weights that it should not.
+The gap between their log-probabilities is measured in every iteration, corrected by importance weights, and past a bound ends the run.
+
 Legend: B sequences, L tokens of prompt and reply, N rollouts of an iteration, K heads of the ensemble.
 """
 
@@ -23,8 +26,10 @@ from torch import Tensor
 
 from trainer import ppo_math
 from trainer.features import reward_features, value_features
+from trainer.fleet_rollouts import FleetSampler
 from trainer.iterations import (
     ALL_DONE,
+    GapTooWide,
     GuardWatch,
     Iteration,
     NonFinite,
@@ -72,6 +77,11 @@ class PPOSettings:
     """Iterations over which the learning rate rises to its full: a fresh Adam takes steps of full size in any direction, which has
     ruined a policy that was good already, and the value has to be fit first."""
     clip: float = 0.2
+    most_weight: float = 2.0
+    """Largest importance weight of a token, which corrects for the gap between sampler and trainer."""
+    most_gap: float = 0.1
+    """Largest mean gap between sampler and trainer, in nats per token. In bfloat16 right weights are off by .001 to .006 (a random
+    model's by up to .05), those of two iterations before by more than this once the learning rate is up."""
     discount: float = 1.0
     trace: float = 0.95
     """lambda of generalised advantage estimation."""
@@ -94,7 +104,9 @@ class Microbatch:
 
     batch: Batch
     old: Tensor
-    """The policy's log-probabilities when it sampled."""
+    """The policy's log-probabilities when it sampled, by the pass that trains."""
+    sampled: Tensor
+    """The same by whoever sampled."""
     reference: Tensor
     features: Tensor
     """[B, L, G] value features."""
@@ -137,8 +149,9 @@ class PPO:
         settings: PPOSettings,
         seed: int,
         team: Team = ALONE,
+        fleet: FleetSampler | None = None,
     ) -> None:
-        """Raises ValueError where the team cannot share its microbatches evenly."""
+        """Raises ValueError where the team cannot share its microbatches evenly. fleet: the leader's, where engines sample."""
         self.roles = roles
         self.ensemble = ensemble
         self.judge = judge
@@ -146,6 +159,7 @@ class PPO:
         self.settings = settings
         self.seed = seed
         self.team = team
+        self.fleet = fleet
         self.sampler = Sampler(
             roles.end_ids, settings.max_tokens, settings.temperature, context_tokens=roles.context_tokens
         )
@@ -165,15 +179,12 @@ class PPO:
         )
 
     def iterate(self, number: int) -> Iteration:
-        """One iteration. Raises NonFinite."""
+        """One iteration. Raises NonFinite, GapTooWide."""
         settings = self.settings
 
         # 1. sample replies from the current policy
         prompts = self.rng.choices(self.prompts, k=settings.rollouts)
-        with self.roles.acting_as(POLICY):
-            rollouts = self.team.gather(
-                self.sampler.sample(self.roles.model, self.team.share(prompts), self.generator)
-            )
+        rollouts = self._sample(prompts)
 
         # 2. read them: log-probabilities by policy and anchor, values, scores by ensemble and judge
         microbatches = self._read(rollouts)
@@ -187,6 +198,11 @@ class PPO:
                 rewards, part.values, part.mask, settings.discount, settings.trace
             )
         measured = self._measure(number, microbatches)
+        if measured["gap"] > settings.most_gap:
+            raise GapTooWide(
+                f"Sampler and trainer differ by {measured['gap']:.3f} nats a token, and {settings.most_gap:g} are allowed: "
+                "the replies were not drawn from the policy that is trained."
+            )
         whiten_together(microbatches, self.team)
 
         # 5. a few passes of clipped updates of the policy; the value is fit to the returns
@@ -209,6 +225,21 @@ class PPO:
             passes=len(passes),
             **measured,
         )
+
+    def _sample(self, prompts: Sequence[list[int]]) -> list[Rollout]:
+        """A reply to each prompt, in their order: by the fleet, where there is one; what is missing by all processes here."""
+        found: list[Rollout | None] = [None] * len(prompts)
+        if self.fleet is not None:
+            found = self.fleet.sample(self.roles, prompts, self.sampler)
+        found = self.team.tell(found)
+        missing = [prompt for prompt, rollout in zip(prompts, found, strict=True) if rollout is None]
+        replies = iter(self._sample_here(missing) if missing else [])
+        return [rollout or next(replies) for rollout in found]
+
+    def _sample_here(self, prompts: Sequence[list[int]]) -> list[Rollout]:
+        with self.roles.acting_as(POLICY):
+            mine = self.sampler.sample(self.roles.model, self.team.share(prompts), self.generator)
+        return self.team.gather(mine)
 
     def _improve(self, microbatches: Sequence[Microbatch]) -> list[Pass]:
         """Passes over the rollouts, until the policy has moved as far from the one that sampled as it may."""
@@ -268,6 +299,7 @@ class PPO:
         return Microbatch(
             batch=batch,
             old=roles.logprobs(batch, self.settings.temperature),
+            sampled=sampled_logprobs(batch, rollouts),
             reference=reading.logprobs,
             features=features,
             values=self.value(features, batch.reply_mask),
@@ -297,7 +329,10 @@ class PPO:
             losses, clipped = ppo_math.policy_loss(
                 logprobs, part.old, part.advantages, part.mask, self.settings.clip
             )
-            loss = losses.sum() / num_tokens
+            weights = ppo_math.importance_weights(
+                part.old, part.sampled, part.mask, self.settings.most_weight
+            )
+            loss = (weights * losses).sum() / num_tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total_loss += loss.item()
             num_clipped += clipped.sum().item()
@@ -322,10 +357,11 @@ class PPO:
             return self.team.join_rows(torch.cat(list(parts)))
 
         real = [part.mask.bool() for part in microbatches]
-        num_tokens, num_replies, surprise = self.team.sum_numbers(
+        num_tokens, num_replies, surprise, gap = self.team.sum_numbers(
             sum(int(mask.sum()) for mask in real),
             sum(len(part.ended) for part in microbatches),
             -sum(part.old.sum().item() for part in microbatches),
+            sum(ppo_math.gaps(part.old, part.sampled, part.mask).sum().item() for part in microbatches),
         )
         judged = joined([part.judged for part in microbatches])
         returns = joined([part.returns[mask] for part, mask in zip(microbatches, real, strict=True)])
@@ -337,6 +373,7 @@ class PPO:
             "disagreement": joined([disagreement(part) for part in microbatches]).mean().item(),
             "kl": self._mean_kl(ppo_math.kl_k3, microbatches),
             "entropy": surprise / num_tokens,
+            "gap": gap / num_tokens,
             "length": num_tokens / num_replies,
             "ended": joined([part.ended for part in microbatches]).mean().item(),
             "repeated": joined([part.repeated for part in microbatches]).mean().item(),
@@ -352,6 +389,14 @@ class PPO:
             sum(len(part.ended) for part in microbatches),
         )
         return total / num_replies
+
+
+def sampled_logprobs(batch: Batch, rollouts: Sequence[Rollout]) -> Tensor:
+    """[B, L] each reply token's log-probability by whoever sampled it; 0.0 elsewhere. rollouts: the batch's rows, in order."""
+    spread = torch.zeros_like(batch.reply_mask)
+    logprobs = [logprob for rollout in rollouts for logprob in rollout.logprobs]
+    spread[batch.reply_mask.bool()] = torch.tensor(logprobs, device=spread.device)
+    return spread
 
 
 def _check_shares(num_rollouts: int, microbatch: int, num_processes: int) -> None:

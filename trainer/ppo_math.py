@@ -82,6 +82,21 @@ def policy_loss(
     return torch.maximum(unclipped, clipped) * mask, (clipped > unclipped).float() * mask
 
 
+def importance_weights(logprobs: Tensor, sampled: Tensor, mask: Tensor, most: float) -> Tensor:
+    """min(p / q, most) for each token that q drew and p is to learn from: truncated, since one unlikely token would outweigh the rest.
+
+    logprobs, by p, and sampled, by q, of the drawn tokens; mask: (B, L). Returns (B, L), which no gradient goes through.
+
+    Source: arXiv:1802.01561, section 4.1 (the weights rho_t).
+    """
+    return torch.exp((logprobs.detach() - sampled) * mask).clamp(max=most) * mask
+
+
+def gaps(logprobs: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
+    """|log p - log q| of each token, nats: how far off whoever drew it is. Arguments and result as those of `importance_weights`."""
+    return (logprobs - sampled).abs() * mask
+
+
 def adapt_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
     """The coefficient for the next iteration: up by up to 30 % where KL is above its target, down by up to 10 % where below.
 

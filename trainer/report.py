@@ -91,6 +91,8 @@ def _training(found: Mapping[str, Any]) -> str:
         if "kept" in found
         else ""
     )
+    gap = max(iteration.get("gap", 0.0) for iteration in iterations)
+    kept += f" Sampler and trainer differed by at most {gap:.4f} nats a token."
     draws = [_draw_reward_against_kl, _draw_judge, _draw_length]
     if iterations[0].get("guard"):
         draws.append(_draw_guard)

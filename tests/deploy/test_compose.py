@@ -61,6 +61,21 @@ def test_the_engine_is_reached_by_the_service_alone_and_the_database_by_those_wh
     assert networks["database"]["internal"]
 
 
+def test_the_readmes_override_lets_the_trainer_reach_the_engine_for_its_rollouts(
+    compose: Tool, tmp_path: Path
+) -> None:
+    [override] = re.findall(r"```yaml\n(.*?)```", (DEPLOY / "README.md").read_text(), re.DOTALL)
+    file = tmp_path / "docker-compose.override.yml"
+    file.write_text(override)
+    files = ("-f", str(ROOT / "docker-compose.yml"), "-f", str(file))
+    together = yaml.safe_load(compose(*files, "--profile", "cpu", "config"))["services"]
+    trainer, service = together["trainer-cpu"], together["service"]
+    assert set(trainer["networks"]) == {"database", "engine"}
+    urls = environment(trainer)["RATCHET_ENGINE_URLS"]
+    assert urls == environment(service)["RATCHET_ENGINE_URLS"]
+    assert environment(trainer)["RATCHET_STATE"] == "/state"  # what it had stays
+
+
 def test_ports_are_this_machines_own_and_only_those_of_people(compose: Tool) -> None:
     raw = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     published = {name: service["ports"] for name, service in raw.items() if "ports" in service}

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from service.engine import Message, Models, Sampling
+from service.engine import Completion, Message, Models, Sampling
 from service.errors import DeadlineExceeded, EngineGone, EngineUnavailable, PolicyNotLoaded, PolicyRefused
 from service.pieces import Piece
 from service.policies import BASE
@@ -49,6 +49,14 @@ class FakeEngine:
     exchanges: bool = False
     """It holds one policy at a time, and can load none while it answers."""
     answering: int = 0
+    completes: int | None = None
+    """So many replies to token ids, and then it goes away; None: as many as are asked for."""
+    completed: list[list[int]] = field(default_factory=list)
+    """The prompts that it replied to."""
+    completing: int = 0
+    most_completing: int = 0
+    """At once, so far."""
+    priorities: set[int] = field(default_factory=set)
     asked: list[tuple[str, list[Message], Sampling, int]] = field(default_factory=list)
     aborted: int = 0
     forgotten: int = 0
@@ -138,10 +146,34 @@ class FakeEngine:
         self.held.add(policy)
 
     async def unload(self, policy: str) -> None:
+        self._check_alive()
         self.held.discard(policy)
 
     async def logprob(self, policy: str, prefix: list[int], token: int) -> float:
         return self.logprobs.get(policy, -1.0)
+
+    async def complete(
+        self, policy: str, prompt: list[int], *, max_tokens: int, end_ids: Sequence[int], priority: int
+    ) -> Completion:
+        """The prompt again, as far as there is room, and an end token where that is not all of it."""
+        self._check_alive()
+        if policy not in self.held:
+            raise EngineUnavailable(f"The engine answered 404 to {policy}.")
+        self.priorities.add(priority)
+        self.completing += 1
+        self.most_completing = max(self.most_completing, self.completing)
+        try:
+            await asyncio.sleep(self.pause_seconds)
+            if self.hangs:
+                await self.dropped.wait()
+            if self.completes is not None and len(self.completed) >= self.completes:
+                self.alive = False
+            self._check_alive()
+        finally:
+            self.completing -= 1
+        self.completed.append(prompt)
+        token_ids = [*prompt, end_ids[0]][:max_tokens]
+        return Completion(token_ids, [self.logprobs.get(policy, -1.0)] * len(token_ids))
 
     async def metrics(self) -> str:
         self._check_alive()

@@ -13,6 +13,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from service.engine import Message, Sampling, VllmEngine
+from service.errors import EngineUnavailable
 from service.pace import Pace
 from service.pieces import Piece
 from service.policies import BASE
@@ -256,6 +257,29 @@ def test_weights_that_are_not_what_the_manifest_says_never_go_live(
     wait_until(lambda: rows(POINTER) == [("policy-000000", None, None)])
     [(reason,)] = rows("SELECT reason FROM policies WHERE name = 'policy-000002'")
     assert "log-probabilities differ" in reason
+
+
+async def test_a_completion_of_token_ids_has_every_tokens_own_log_probability_and_ends_where_it_should(
+    vllm: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    prompt, name = [1, 2, 3, 4], "rollouts-000001-0"
+    async with aiohttp.ClientSession() as session:
+        engine = VllmEngine(vllm, session)
+        await engine.load(name, str(make_policy(tmp_path / name, tiny_model, seed=5)))
+        try:
+            whole = await engine.complete(name, prompt, max_tokens=8, end_ids=[1], priority=10)
+            again = [
+                await engine.logprob(name, prompt + whole.token_ids[:number], token)
+                for number, token in enumerate(whole.token_ids)
+            ]
+            ended = await engine.complete(name, prompt, max_tokens=8, end_ids=range(283), priority=10)
+        finally:
+            await engine.unload(name)
+        with pytest.raises(EngineUnavailable, match="answered 404"):
+            await engine.complete(name, prompt, max_tokens=8, end_ids=[1], priority=10)
+    assert len(whole.token_ids) == 8
+    assert whole.logprobs == pytest.approx(again, abs=0.2)  # bfloat16, in batches of other sizes
+    assert len(ended.token_ids) == len(ended.logprobs) == 1  # any token ends it, and is part of it
 
 
 async def test_the_base_answers_as_itself_beside_as_many_adapters_as_there_is_room_for(

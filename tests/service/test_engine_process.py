@@ -22,6 +22,12 @@ def test_the_command_takes_what_the_settings_say() -> None:
     assert option(command, "--max-model-len") == "700"
 
 
+def test_an_engine_that_also_samples_for_the_trainer_has_room_for_one_adapter_more() -> None:
+    command = engine_process.engine_command(Settings(engine_max_adapters=5, rollouts="fleet"), Path("m"))
+    assert option(command, "--max-loras") == option(command, "--max-cpu-loras") == "6"
+    assert option(command, "--scheduling-policy") == "priority"  # without it vLLM refuses their priority
+
+
 def test_the_engine_is_never_reachable_from_other_machines() -> None:
     command = engine_process.engine_command(Settings(host="0.0.0.0"), Path("m"))
     assert option(command, "--host") == "127.0.0.1"

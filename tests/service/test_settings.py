@@ -24,6 +24,21 @@ def test_a_name_that_is_no_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -
         get_settings()
 
 
+def test_rollouts_by_engines_that_take_no_adapters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RATCHET_ROLLOUTS", "fleet")
+    assert get_settings().rollouts == "fleet"
+    get_settings.cache_clear()
+    monkeypatch.setenv("RATCHET_DELIVERY", "merged")
+    with pytest.raises(SettingsError) as refused:
+        get_settings()
+    assert refused.value.message == (
+        "RATCHET_ROLLOUTS: `fleet` needs adapters, which RATCHET_DELIVERY=merged gives engines none of: "
+        "set `local`, or deliver by `adapter`"
+    )
+    monkeypatch.setenv("RATCHET_ROLLOUTS", "local")
+    assert get_settings().delivery == "merged"
+
+
 def test_a_wrong_value_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RATCHET_PORT", "seventy")
     with pytest.raises(SettingsError, match="RATCHET_PORT: "):

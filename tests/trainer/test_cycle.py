@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -27,6 +28,7 @@ from service.tables import (
     Prompt,
     Ranking,
     RemovedFeedback,
+    ReplicaRow,
     Reply,
     Snapshot,
     SnapshotFeedback,
@@ -36,6 +38,7 @@ from service.tables import (
 from tests.tiny_model import make_model
 from trainer import cycle, gate, snapshot
 from trainer.__main__ import find_trigger, tick
+from trainer.fleet_rollouts import FleetSampler
 from trainer.models import Batch, Roles
 from trainer.team import Parted, Team
 
@@ -226,6 +229,27 @@ def test_votes_become_a_live_policy_with_its_whole_lineage(
     folder = settings.state / "cycles" / f"{ended.id:06d}"
     assert "Cycle 1: promoted" in (folder / "report.html").read_text()
     assert list((folder / "tensorboard").glob("events*"))
+
+
+def test_the_fleet_is_what_serves_and_users_are_those_who_asked_lately(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    def sampler(**changes: object) -> FleetSampler | None:
+        return cycle._fleet_sampler(cycle.Run(settings.model_copy(update=changes), sessions, QUIET, 1, {}))
+
+    assert sampler() is None
+    fleet = sampler(rollouts="fleet", engine_urls=("http://a", "http://b/", "http://c"))
+    assert fleet is not None
+    with sessions.begin() as session:
+        states = {"http://b": "draining", "http://c": "removed", "http://d": "serving"}
+        session.add_all(ReplicaRow(url=url, state=state) for url, state in states.items())
+    assert fleet._addresses() == ["http://a", "http://d"]
+    assert fleet._idle_seconds() == math.inf
+    add_votes(sessions, 1)
+    assert 0 <= fleet._idle_seconds() < 20
+    with sessions.begin() as session:
+        session.execute(update(Prompt).values(created_at=func.now() - timedelta(minutes=2)))
+    assert 120 <= fleet._idle_seconds() < 140
 
 
 @pytest.mark.usefixtures("_open_gate")

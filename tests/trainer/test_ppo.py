@@ -1,6 +1,7 @@
 """The loop on a tiny model: unchanged weights have ratio 1, a reward is learnt, and what is kept follows the judge."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from tests.tiny_model import make_model
-from tests.trainer.tiny_ppo import SETTINGS, start
+from tests.trainer.tiny_ppo import SETTINGS, HalfFleet, start
 from trainer import ppo, ppo_math
-from trainer.iterations import Iteration, NonFinite, Outcome
+from trainer.iterations import GapTooWide, Iteration, NonFinite, Outcome
 from trainer.models import POLICY, Batch, Roles
 from trainer.rollouts import Sampler
 from trainer.team import Team
@@ -119,6 +120,51 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_policy(tmp_path: Path) -> No
     for name in ("002.pt", "004.pt"):
         one, two = (torch.load(tmp_path / run / name) for run in ("whole", "cut"))
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_what_the_fleet_does_not_answer_is_sampled_here_in_the_prompts_order(roles: Roles) -> None:
+    run = start(roles)
+    run.fleet = fleet = HalfFleet()
+    prompts = [[5, 6 + number] for number in range(9)]
+    found = run._sample(prompts)
+    assert [rollout.prompt_ids for rollout in found] == prompts
+    assert found[::2] == fleet.replies
+    with roles.acting_as(POLICY):
+        here = run.sampler.sample(roles.model, prompts[1::2], start(roles).generator)
+    assert found[1::2] == here
+
+
+def test_replies_of_another_policy_end_the_run_before_it_learns_from_them(roles: Roles) -> None:
+    run = start(roles)
+    run.iterate(0)  # its own are not too far off
+    before = roles.policy_state()
+    run.fleet = HalfFleet(off=0.5)  # half of the replies
+    with pytest.raises(GapTooWide, match=r"differ by 0\.2.* nats a token, and 0.1 are allowed"):
+        run.iterate(5)
+    assert all(torch.equal(weights, before[name]) for name, weights in roles.policy_state().items())
+
+
+@pytest.mark.usefixtures("_exact")
+@pytest.mark.parametrize(("times", "weight"), [(1.0, 1.0), (1.5, 1.5), (0.25, 0.25), (9.0, 2.0)])
+def test_the_loss_is_weighted_by_how_much_likelier_the_policy_finds_a_token_than_its_sampler_did(
+    times: float, weight: float, roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients: list[list[torch.Tensor]] = []
+
+    def keep(_: Team, parameters: Sequence[torch.nn.Parameter]) -> None:
+        gradients.append([each.grad.clone() for each in parameters if each.grad is not None])
+
+    monkeypatch.setattr(Team, "sum_gradients", keep)
+    run = start(roles)
+    [part, *_] = run._read(run._sample([[5, 6, number] for number in range(7, 15)]))
+    part.advantages = part.old.sin() * part.mask
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    for sampled in (part.old, part.old - math.log(times)):
+        part.sampled = sampled
+        run._update([part])
+    for plain, weighted in zip(*gradients, strict=True):
+        torch.testing.assert_close(weighted, weight * plain, rtol=1e-3, atol=1e-5)
+    assert any(plain.abs().max() > 0.01 for plain in gradients[0])
 
 
 def test_a_loss_that_is_no_number_ends_the_run(roles: Roles) -> None:

@@ -62,6 +62,20 @@ def test_whitening_counts_real_tokens_alone() -> None:
     assert white[0].tolist() == pytest.approx([0.0, -1.0, 1.0, 0.0], abs=1e-5)
 
 
+def test_importance_weights_and_gaps_by_hand() -> None:
+    # p / q: .5 / .4 = 1.25; .9 / .3 = 3, which is cut to 2; .1 / .2 = .5
+    mask = torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0]])
+    trained = torch.tensor([[0.3, 0.5, 0.9, 0.1, 0.3]]).log().requires_grad_()
+    sampled = torch.tensor([[0.7, 0.4, 0.3, 0.2, 0.9]]).log()
+    weights = ppo_math.importance_weights(trained, sampled, mask, most=2.0)
+    assert weights[0].tolist() == pytest.approx([0.0, 1.25, 2.0, 0.5, 0.0])
+    assert not weights.requires_grad
+    gaps = ppo_math.gaps(trained, sampled, mask)
+    assert gaps[0].tolist() == pytest.approx([0.0, math.log(1.25), math.log(3), math.log(2), 0.0])
+    mean = (math.log(1.25) + math.log(3) + math.log(2)) / 3
+    assert ppo_math.masked_mean(gaps, mask).item() == pytest.approx(mean)
+
+
 def test_kl_estimators_by_hand() -> None:
     logprobs, reference = torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.25)])
     assert ppo_math.kl_k1(logprobs, reference).item() == pytest.approx(math.log(2))
@@ -97,7 +111,9 @@ def test_prompts_and_padding_change_nothing(rows: list[list[float]], before: int
         advantages, returns = ppo_math.gae(rewards, values, mask, 0.9, 0.95)
         white = ppo_math.whiten(advantages, mask)
         losses, clipped = ppo_math.policy_loss(values, values / 2, advantages, mask, 0.2)
-        results = [rewards, advantages, returns, white, losses, clipped]
+        weights = ppo_math.importance_weights(values, values.sin(), mask, 2.0)
+        gaps = ppo_math.gaps(values, values.sin(), mask)
+        results = [rewards, advantages, returns, white, losses, clipped, weights, gaps]
         assert all((tensor[mask == 0] == 0).all() for tensor in results)
         return [*(tensor[mask.bool()] for tensor in results), ppo_math.masked_mean(values, mask)]
 
@@ -145,6 +161,21 @@ def test_the_rewards_of_a_reply_are_its_score_less_its_kl(
     rewards = ppo_math.token_rewards(scores, values, values / 3, mask, coefficient)
     kl = (ppo_math.kl_k1(values, values / 3) * mask).sum(1)
     torch.testing.assert_close(rewards.sum(1), scores - coefficient * kl, atol=1e-4, rtol=1e-4)
+
+
+@ANY_TIME
+@given(rows=ROWS, most=st.floats(1, 4))
+def test_importance_weights_are_one_where_nothing_differs_and_never_past_their_bound(
+    rows: list[list[float]], most: float
+) -> None:
+    values, mask = lay_out(rows, before=1, after=2)
+    assert torch.equal(ppo_math.importance_weights(values, values, mask, most), mask)
+    weights = ppo_math.importance_weights(values, values.sin(), mask, most)
+    assert (weights >= 0).all()
+    assert (weights <= most).all()
+    whole = torch.exp(values - values.sin())
+    untouched = (weights < most) & mask.bool()
+    torch.testing.assert_close(weights[untouched], whole[untouched])
 
 
 @ANY_TIME

@@ -16,6 +16,7 @@ ITERATION = {
     "judge_error": 0.1,
     "disagreement": 0.2,
     "length": 9.0,
+    "gap": 0.002,
     "guard": {"num_right": 50, "num_asked": 64, "live": 0.75},
 }
 METRICS: dict[str, Any] = {
@@ -87,6 +88,7 @@ def test_it_says_all_that_was_measured(tmp_path: Path) -> None:
         "Held out by user and prompt",
         "calibration error 0.030",
         "Kept iteration 1 of 2",
+        "differed by at most 0.0020 nats a token",
         "0.52 to 0.86",
         'class="failed">FAILED',
     ):

@@ -48,16 +48,17 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def read(folder: Path, rank: int) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(folder / f"process-{rank}.pt")
+def read(folder: Path, rank: int, run: str = "process") -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(folder / f"{run}-{rank}.pt")
     return found
 
 
 @pytest.mark.usefixtures("_exact")
+@pytest.mark.parametrize("sampled_by", ["process", "fleet"])
 def test_two_processes_train_what_one_would_have_trained_on_the_same_rollouts(
-    base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampled_by: str, base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = read(folder, 0)
+    together = read(folder, 0, sampled_by)
     rollouts = iter(together["rollouts"])
 
     def replay(self: Sampler, model: Any, prompts: Any, generator: torch.Generator) -> list[Rollout]:
@@ -71,7 +72,7 @@ def test_two_processes_train_what_one_would_have_trained_on_the_same_rollouts(
     outcome = ppo.train(run, tmp_path, lambda _: None)
     for alone, both in zip(outcome.iterations, together["iterations"], strict=True):
         assert (alone.guard, both.pop("guard")) == (None, None)
-        assert both | {"guard": 0} == pytest.approx(asdict(alone) | {"guard": 0}, rel=1e-4, abs=1e-6)
+        assert both | {"guard": 0} == pytest.approx(asdict(alone) | {"guard": 0}, rel=1e-4, abs=1e-5)
     moved = sum((weights - before[name]).norm() for name, weights in run.roles.policy_state().items())
     apart = sum(
         (weights - together["policy"][name]).norm() for name, weights in run.roles.policy_state().items()
@@ -85,6 +86,16 @@ def test_each_samples_and_both_know_the_same(folder: Path) -> None:
     assert leader["sampled"] == follower["sampled"] == [half] * SETTINGS.iterations
     first = [rollout["reply_ids"] for rollout in leader["rollouts"][0]]
     assert first[::2] != first[1::2]  # not the same random numbers
+    assert leader["iterations"] == follower["iterations"]
+    assert all(torch.equal(leader["policy"][name], follower["policy"][name]) for name in leader["policy"])
+
+
+def test_the_leader_asks_the_fleet_and_all_of_them_sample_what_it_does_not_answer(folder: Path) -> None:
+    leader, follower = read(folder, 0, "fleet"), read(folder, 1, "fleet")
+    asked, quarter = SETTINGS.rollouts // 2, SETTINGS.rollouts // 4
+    assert leader["sampled"] == [asked, quarter] * SETTINGS.iterations  # the fake asks the same model
+    assert follower["sampled"] == [quarter] * SETTINGS.iterations
+    assert leader["rollouts"] == follower["rollouts"]
     assert leader["iterations"] == follower["iterations"]
     assert all(torch.equal(leader["policy"][name], follower["policy"][name]) for name in leader["policy"])
 

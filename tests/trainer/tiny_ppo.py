@@ -1,14 +1,35 @@
 """PPO on a tiny model, for a reward that any model can learn."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
 import torch
 
 from trainer.features import read_features
-from trainer.models import Roles
+from trainer.fleet_rollouts import FleetSampler
+from trainer.models import POLICY, Roles
 from trainer.ppo import PPO, PPOSettings
 from trainer.reward_model import Head
+from trainer.rollouts import Rollout, Sampler
 from trainer.team import ALONE, Team
 
 SETTINGS = PPOSettings(iterations=14, rollouts=64, minibatch=16, max_tokens=8, kl_start=0.01, kl_budget=50.0)
+
+
+@dataclass
+class HalfFleet(FleetSampler):
+    """Answers every second prompt, as a policy would whose log-probabilities are `off` by so much."""
+
+    off: float = 0.0
+    replies: list[Rollout] = field(default_factory=list)
+
+    def sample(self, roles: Roles, prompts: Sequence[list[int]], sampler: Sampler) -> list[Rollout | None]:
+        with roles.acting_as(POLICY):
+            found = sampler.sample(roles.model, prompts[::2], torch.Generator().manual_seed(7))
+        moved = [replace(reply, logprobs=[each - self.off for each in reply.logprobs]) for reply in found]
+        self.replies += moved
+        answers = iter(moved)
+        return [None if number % 2 else next(answers) for number in range(len(prompts))]
 
 
 def start(roles: Roles, settings: PPOSettings = SETTINGS, team: Team = ALONE) -> PPO:

@@ -13,9 +13,9 @@ from transformers.utils import logging
 
 from tests.trainer.tiny_cycle import RANK, learn_and_publish, open_gate
 from tests.trainer.tiny_ppo import SETTINGS as PPO_SETTINGS
-from tests.trainer.tiny_ppo import start
+from tests.trainer.tiny_ppo import HalfFleet, start
 from trainer import followers, ppo, ppo_math
-from trainer.iterations import Iteration, NonFinite
+from trainer.iterations import Iteration, NonFinite, Outcome
 from trainer.models import Roles
 from trainer.ppo import PPO
 from trainer.rollouts import Rollout, Sampler
@@ -43,14 +43,29 @@ def train_together(base: Path, folder: Path, team: Team) -> None:
         run = make_run(base, team)
         outcome = ppo.train(run, folder / "whole", lambda _: None)
     run_again = _cut_off_and_take_up(base, folder / "cut", team)
-    seen = {
+    seen = _seen(outcome, run, sampled, read) | {"policy_taken_up": run_again.roles.policy_state()}
+    torch.save(seen, folder / f"process-{team.rank}.pt")
+
+
+def train_with_fleet(base: Path, folder: Path, team: Team) -> None:
+    """A run of which the leader asks a fleet for the replies, which answers every second one."""
+    sampled, read = list[int](), list[list[Rollout]]()
+    run = make_run(base, team)
+    run.fleet = HalfFleet() if team.leads else None
+    with pytest.MonkeyPatch.context() as patch:
+        _count_sampled(patch, sampled)
+        _keep_read(patch, read)
+        outcome = ppo.train(run, folder / "fleet", lambda _: None)
+    torch.save(_seen(outcome, run, sampled, read), folder / f"fleet-{team.rank}.pt")
+
+
+def _seen(outcome: Outcome, run: PPO, sampled: list[int], read: list[list[Rollout]]) -> dict[str, Any]:
+    return {
         "iterations": [asdict(iteration) for iteration in outcome.iterations],
         "policy": run.roles.policy_state(),
-        "policy_taken_up": run_again.roles.policy_state(),
         "sampled": sampled,
         "rollouts": [[asdict(rollout) for rollout in rollouts] for rollouts in read],
     }
-    torch.save(seen, folder / f"process-{team.rank}.pt")
 
 
 def _cut_off_and_take_up(base: Path, checkpoints: Path, team: Team) -> PPO:
@@ -130,6 +145,7 @@ def main() -> None:
         # bfloat16 would hide differences
         patch.setattr("trainer.models.compute_dtype", lambda _: torch.float32)
         train_together(base, folder, team)
+        train_with_fleet(base, folder, team)
         if team.leads:
             lead(base, folder, team)
             dist.destroy_process_group()
