@@ -8,7 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import SettingsError
@@ -17,6 +18,7 @@ SECRETS = Path("/run/secrets")
 """Where containers are given secrets: a file named as a setting (`database_url`, `ratchet_key`) is its value."""
 ALIASES = ("DATABASE_URL", "OTEL_EXPORTER_OTLP_ENDPOINT")
 """Settings whose names others have given."""
+Tuning = Literal["lora", "full"]
 
 
 class Settings(BaseSettings):
@@ -150,8 +152,20 @@ class Settings(BaseSettings):
     """Replies sampled in an iteration."""
     kl_budget: float = Field(5.0, gt=0)
     """KL to the anchor that training steers to, in nats per reply."""
+    tuning: Tuning = "lora"
+    """What PPO trains: `lora`, an adapter over the base, or `full`, all weights, which needs `RATCHET_DELIVERY=merged`."""
     lora_rank: int = Field(16, ge=1)
     """Rank of a policy's adapter."""
+
+    @field_validator("tuning")
+    @classmethod
+    def _can_be_delivered(cls, tuning: Tuning, others: ValidationInfo) -> Tuning:
+        if tuning == "full" and others.data.get("delivery") != "merged":
+            raise PydanticCustomError(
+                "delivery",
+                "full makes policies that are whole models: set RATCHET_DELIVERY=merged too, or lora here",
+            )
+        return tuning
 
     @property
     def replica_urls(self) -> tuple[str, ...]:

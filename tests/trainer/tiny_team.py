@@ -128,7 +128,8 @@ def main() -> None:
     team = Team.join()
     with pytest.MonkeyPatch.context() as patch:
         # bfloat16 would hide differences
-        patch.setattr("trainer.models.compute_dtype", lambda _: torch.float32)
+        for module in ("models", "whole"):
+            patch.setattr(f"trainer.{module}.compute_dtype", lambda _: torch.float32)
         train_together(base, folder, team)
         if team.leads:
             lead(base, folder, team)
