@@ -399,7 +399,7 @@ def train(
 
 def _resume(ppo: PPO, checkpoints: Path) -> list[Iteration]:
     """The iterations that are done already. Begins anew where another release did them, whose features were others, or another
-tuning, whose weights were."""
+    tuning, whose weights were."""
     path = checkpoints / UNDER_WAY
     found = None
     if ppo.team.leads and path.exists():

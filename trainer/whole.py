@@ -101,7 +101,9 @@ def _load_model(base: str | Path, policy: Path | None) -> PreTrainedModel:
     """A policy as a whole model, in float32: its own, or the base with its adapter merged into it. None: the base."""
     if policy is None or (policy / CONFIG).exists():
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        return model if policy is None else PeftModel.from_pretrained(model, policy).merge_and_unload()
+        if policy is not None:
+            model = PeftModel.from_pretrained(model, policy).merge_and_unload()
+        return model.requires_grad_(True)  # PEFT has frozen it
     return AutoModelForCausalLM.from_pretrained(policy / MERGED, dtype=torch.float32)
 
 

@@ -141,7 +141,9 @@ def test_sampling_packs_the_weights_that_the_policy_has_now(tmp_path: Path) -> N
         with roles.acting_as(POLICY):
             wanted = roles.model(input_ids=ids).logits
             with packing.packed(roles.model):
-                assert any("packing" in getattr(module.forward, "__module__", "") for module in roles.modules())
+                assert any(
+                    "packing" in getattr(module.forward, "__module__", "") for module in roles.modules()
+                )
                 found = roles.model(input_ids=ids).logits
         assert (found - wanted).float().norm() <= 0.02 * wanted.float().norm()
         change(roles)
@@ -151,9 +153,7 @@ def test_what_is_asked_as_another_role_leaves_the_policy_in_its_place(tmp_path: 
     roles = load(make_family(tmp_path, "llama"))
     policy = roles.model
     with pytest.raises(ZeroDivisionError), roles.acting_as(REFERENCE):
-        assert roles.model is not policy
-        assert torch.equal(roles.logprobs(batch_of(roles)), roles.logprobs(batch_of(roles), role=POLICY))
-        _ = 1 / 0
+        _ = 1 / (roles.model is policy)
     assert roles.model is policy
     assert all(weights.dtype is torch.float32 for weights in roles.policy_parameters())
 
@@ -181,6 +181,7 @@ def test_it_can_begin_as_a_policy_that_is_an_adapter(family: str, tmp_path: Path
     save_adapter(adapted, tmp_path / "policy")
     roles = load(base, tmp_path / "policy")
     assert isinstance(roles, WholeRoles)
+    assert roles.policy_weights().keys() == load(base).policy_weights().keys()
     assert (roles.logprobs(batch_of(roles)) - adapted.logprobs(batch_of(roles))).abs().max() < 1e-3
     assert torch.equal(roles.read(batch_of(roles)).logprobs, adapted.read(batch_of(roles)).logprobs)
 
