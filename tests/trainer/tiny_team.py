@@ -21,7 +21,7 @@ from trainer.models import Origin
 from trainer.ppo import PPO
 from trainer.rollouts import Rollout, Sampler
 from trainer.team import Parted, Team
-from trainer.whole import load_roles
+from trainer.whole import LEARNING_RATE_TIMES_WIDTH, load_roles
 
 SETTINGS = replace(PPO_SETTINGS, iterations=4, rollouts=32, minibatch=16, microbatch=8, warmup=1)
 CUT_OFF_AFTER = 1
@@ -33,7 +33,10 @@ class Killed(Exception):
 
 def make_run(origin: Origin, team: Team) -> PPO:
     torch.manual_seed(0)
-    return start(load_roles(origin), SETTINGS, team)
+    settings = SETTINGS
+    if origin.tuning == "full":
+        settings = replace(SETTINGS, learning_rate_times_width=LEARNING_RATE_TIMES_WIDTH)
+    return start(load_roles(origin), settings, team)
 
 
 def train_together(origin: Origin, folder: Path, team: Team) -> None:
