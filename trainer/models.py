@@ -1,10 +1,9 @@
 """One copy of the base weights, and the roles that share it: policy, reference, reward model, value.
 
 The policy is a LoRA adapter over the frozen base. The reference is the anchor: the base with the adapter off, or, where demonstrations
-made another anchor, that one's adapter, loaded beside the policy's and frozen. (With full fine-tuning both are whole models instead:
-`whole.py`.) Reward models and value are scalar heads on the
+made another anchor, that one's adapter, loaded beside the policy's and frozen. Reward models and value are scalar heads on the
 reference's hidden states: one pass of the reference serves all three, and a few hundred votes cannot bend the features that
-they are read from.
+they are read from. With full fine-tuning policy and reference are two whole models instead: see `whole.py`.
 
 Legend: B sequences, L tokens of prompt and reply together, V vocabulary, H hidden size.
 Sequences are padded on the right: with a causal model nothing real can see the padding, so no attention mask is needed.
@@ -35,7 +34,7 @@ from trainer.passes.shapes import LENGTH, choose_places, round_up
 POLICY = "policy"
 REFERENCE = "reference"
 BASE = "base"
-"""As whom a model computes that is neither: what everything began with."""
+"""What every policy began as, whatever the anchor is."""
 ANCHOR = "anchor"
 """Name of the anchor's adapter, where it has one."""
 
@@ -259,7 +258,7 @@ class Roles(nn.Module):
             self.model.set_adapter(POLICY)
 
     def logprobs(self, batch: Batch, temperature: float = 1.0, role: str = POLICY) -> Tensor:
-        """[B, L] the log-probability, by the policy or whoever is asked, of each reply token given all before it; 0.0 elsewhere.
+        """[B, L] the policy's (or another's) log-probability of each reply token given all before it; 0.0 elsewhere.
 
         The vocabulary is computed at the reply's tokens alone. Logits are divided by the sampling temperature first.
         """

@@ -99,7 +99,7 @@ def save_adapter(roles: Roles, folder: Path) -> None:
 def save_merged(roles: Roles, folder: Path) -> None:
     """The base's own files, with what the policy has made of each weight: in float32, and rounded once.
 
-    Raises ValueError where the base has no such weight, as where its weights are not in safetensors.
+    Raises ValueError where the base has no such weights, as where they are not in safetensors.
     """
     folder.mkdir(parents=True)
     base = Path(roles.origin.base)
@@ -139,10 +139,10 @@ def _adapter_changes(roles: Roles) -> dict[str, Change]:
 
 
 def _new_weights(roles: Roles) -> dict[str, Change]:
-    """By name; those that are not trained stay the base's."""
+    """By name; those that are not trained stay the base's. What is written is rounded in `roles` too, where probes are made of it."""
 
     def replacing(trained: Tensor) -> Change:
-        return lambda weights: trained.to(weights.device)
+        return lambda weights: trained.copy_(trained.to(weights.dtype)).to(weights.device)
 
     return {name: replacing(weights) for name, weights in roles.policy_weights().items()}
 

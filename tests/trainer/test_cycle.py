@@ -401,6 +401,18 @@ def test_a_whole_model_is_trained_and_published_and_the_next_cycle_begins_as_it(
     assert begun_with_kl[1] > 0.0
 
 
+def test_whole_models_that_the_gate_refuses_leave_no_checkpoints_behind(
+    full: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = gate.Check("guard", 0.5, 0.6, False, "")
+    monkeypatch.setattr(gate, "decide", lambda *_, **__: gate.Verdict([failing]))
+    monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: 2)
+    add_votes(sessions, 30)
+    ended = run(full, sessions, request_cycle(sessions))
+    assert (ended.stage, ended.reason) == ("rejected", "The gate refused it: guard 0.500 (needs 0.600).")
+    assert not list(full.state.glob("cycles/*/checkpoints"))
+
+
 @pytest.mark.usefixtures("_open_gate")
 def test_all_weights_can_be_trained_from_an_adapter_on_but_not_the_other_way_round(
     full: Settings, settings: Settings, sessions: sessionmaker[Session], base: Path

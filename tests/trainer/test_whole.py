@@ -204,6 +204,24 @@ def test_what_is_saved_is_the_policy_with_tied_embeddings_the_bases(tmp_path: Pa
     assert found.tolist() == pytest.approx(own, abs=1e-4)
 
 
+@exact
+@torch.no_grad()
+def test_a_probe_is_of_the_weights_as_they_were_rounded(tmp_path: Path) -> None:
+    base = make_family(tmp_path / "base", "llama")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    roles = change(load(base))
+    before = roles.logprobs(batch_of(roles))
+    save_merged(roles, tmp_path / "merged")
+    saved = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    [prompt, reply] = SEQUENCES[0]
+    own = torch.tensor(read_logprobs(saved, prompt + reply)[len(prompt) :])
+    places = slice(len(prompt), len(prompt) + len(reply))
+    assert (roles.logprobs(batch_of(roles))[0, places] - own).abs().max() < 1e-4
+    assert (before[0, places] - own).abs().max() > 1e-3
+
+
 def test_a_base_that_a_policy_could_not_be_written_as_is_refused_at_once(tmp_path: Path) -> None:
     base = make_family(tmp_path, "llama")
     model = AutoModelForCausalLM.from_pretrained(base)
