@@ -34,14 +34,8 @@ def load_roles(origin: Origin, device: torch.device | None = None) -> Roles:
         return Roles.load(origin.base, origin.rank, origin.parent, origin.anchor, device)
     device = device or torch.get_default_device()
     dtype = compute_dtype(device)
-    policy = _load_model(origin.base, origin.parent)
-    with cast(policy, dtype):  # as which it will compute
-        use_cheap_passes(policy)
-    if policy.get_input_embeddings().weight is policy.get_output_embeddings().weight:
-        policy.get_input_embeddings().requires_grad_(False)
-    reference = _load_model(origin.base, origin.anchor).requires_grad_(False)
-    _round(reference, dtype)
-    use_cheap_passes(reference)
+    policy = _load_trained(origin.base, origin.parent, dtype)
+    reference = _load_frozen(origin.base, origin.anchor, dtype)
     roles = WholeRoles(policy, reference, AutoTokenizer.from_pretrained(origin.base), origin)
     _check_files(Path(origin.base), roles.policy_weights())
     return roles.eval().to(device)
@@ -91,27 +85,36 @@ class WholeRoles(Roles):
         """Only probes ask it, at a cycle's end; where it is not the reference it is loaded then."""
         if self.origin.anchor is None:
             return self.reference
-        base = _load_model(self.origin.base, None).requires_grad_(False)
-        _round(base, self.reference.dtype)
-        use_cheap_passes(base)
-        return base.eval().to(self.device)
+        return _load_frozen(self.origin.base, None, self.reference.dtype).eval().to(self.device)
+
+
+def _load_trained(base: str | Path, policy: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+    """All of its weights are to be trained, but for tied embeddings. dtype: that it will be cast to."""
+    model = _load_model(base, policy).requires_grad_(True)  # PEFT freezes what it merges
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight is model.get_output_embeddings().weight:
+        embeddings.requires_grad_(False)
+    with cast(model, dtype):
+        use_cheap_passes(model)
+    return model
+
+
+@torch.no_grad()
+def _load_frozen(base: str | Path, policy: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+    """Kept in that type. (`model.to` would round what rotary embeddings keep, too.)"""
+    model = _load_model(base, policy).requires_grad_(False)
+    for weights in model.parameters():
+        weights.data = weights.to(dtype)
+    use_cheap_passes(model)
+    return model
 
 
 def _load_model(base: str | Path, policy: Path | None) -> PreTrainedModel:
     """A policy as a whole model, in float32: its own, or the base with its adapter merged into it. None: the base."""
-    if policy is None or (policy / CONFIG).exists():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        if policy is not None:
-            model = PeftModel.from_pretrained(model, policy).merge_and_unload()
-        return model.requires_grad_(True)  # PEFT has frozen it
-    return AutoModelForCausalLM.from_pretrained(policy / MERGED, dtype=torch.float32)
-
-
-@torch.no_grad()
-def _round(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the weights in that type. Not `model.to`, which would round what rotary embeddings keep, too."""
-    for weights in model.parameters():
-        weights.data = weights.to(dtype)
+    adapted = policy is not None and (policy / CONFIG).exists()
+    folder = base if policy is None or adapted else policy / MERGED
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, policy).merge_and_unload() if adapted else model
 
 
 def _check_files(base: Path, weights: dict[str, nn.Parameter]) -> None:
