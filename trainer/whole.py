@@ -25,7 +25,7 @@ from trainer.models import POLICY, REFERENCE, Origin, Roles, compute_dtype, use_
 from trainer.passes.cast import cast
 
 LEARNING_RATE_TIMES_WIDTH = 0.04
-"""PPO's learning rate times hidden size: a tenth of what adapters take."""
+"""PPO's learning rate times hidden size, a tenth of what adapters take: 2e-4 at 192, 1e-5 at 4096."""
 
 
 def load_roles(origin: Origin, device: torch.device | None = None) -> Roles:
