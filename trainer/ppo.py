@@ -392,7 +392,8 @@ def train(
         state = ppo.state() | {"iterations": [asdict(iteration) for iteration in iterations]}
         if leads:
             save(state, checkpoints / UNDER_WAY)
-            prune(checkpoints, choose_kept(iterations))
+            if ppo.roles.origin.tuning == "full":  # adapters are small, and stay for whoever looks
+                prune(checkpoints, choose_kept(iterations))
         on_iteration(iterations[-1])
     return Outcome(iterations, choose_kept(iterations), objection(iterations) or ALL_DONE)
 

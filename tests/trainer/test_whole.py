@@ -1,5 +1,6 @@
 """Policies that are whole models: every weight is trained as the model itself would have it, and the reference stays what it was."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from service.settings import Tuning
 from tests.tiny_model import FAMILIES, make_family, read_logprobs
+from tests.trainer import tiny_ppo
 from tests.trainer.test_last_layer import SEQUENCES
 from tests.trainer.test_models import load_trained as load_trained_adapter
+from trainer import ppo
+from trainer.iterations import checkpoint_path, load_average
 from trainer.models import BASE, POLICY, REFERENCE, Batch, Origin, Roles
 from trainer.passes import packing
 from trainer.publish import save_adapter, save_merged
@@ -21,12 +26,14 @@ TIED_OR_NOT = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untie
 exact = pytest.mark.usefixtures("_exact")
 
 
-def load(base: Path, parent: Path | None = None, anchor: Path | None = None) -> Roles:
-    return load_roles(Origin(base, 4, parent, anchor, "full"))
+def load(base: Path, parent: Path | None = None, anchor: Path | None = None) -> WholeRoles:
+    roles = load_roles(Origin(base, 4, parent, anchor, "full"))
+    assert isinstance(roles, WholeRoles)
+    return roles
 
 
 @torch.no_grad()
-def change(roles: Roles) -> Roles:
+def change(roles: WholeRoles) -> WholeRoles:
     """A policy that is not the anchor."""
     generator = torch.Generator().manual_seed(1)
     for weights in roles.policy_parameters():
@@ -87,12 +94,10 @@ def test_in_bfloat16_gradients_differ_by_rounding_alone(
     roles = load(make_family(tmp_path, family, tied=False))
     weigh(roles.logprobs(batch_of(roles))).backward()  # type: ignore[no-untyped-call]
     wanted = plain_gradients(tmp_path, roles)
-    found = {name: weights.grad for name, weights in roles.policy_weights().items()}
-    assert all(gradient is not None and gradient.dtype is torch.float32 for gradient in found.values())
-    together, plain = (
-        torch.cat([each[name].flatten() for name in wanted])  # type: ignore[union-attr]
-        for each in (found, wanted)
-    )
+    weights = roles.policy_weights()
+    found = {name: gradient for name in wanted if (gradient := weights[name].grad) is not None}
+    assert all(gradient.dtype is torch.float32 for gradient in found.values())
+    together, plain = (torch.cat([each[name].flatten() for name in wanted]) for each in (found, wanted))
     assert torch.cosine_similarity(together, plain, dim=0) > 0.99
 
 
@@ -114,7 +119,7 @@ def test_training_leaves_the_reference_as_it_is(tmp_path: Path) -> None:
     for one, other in ((before.words, after.words), (before.states, after.states)):
         assert torch.equal(one, other)
     assert torch.equal(before.logprobs, after.logprobs)
-    assert all(weights.grad is None for weights in roles.reference.parameters())  # type: ignore[union-attr]
+    assert all(weights.grad is None for weights in roles.reference.parameters())
 
 
 @EVERY_FAMILY
@@ -180,7 +185,6 @@ def test_it_can_begin_as_a_policy_that_is_an_adapter(family: str, tmp_path: Path
     adapted = load_trained_adapter(base)
     save_adapter(adapted, tmp_path / "policy")
     roles = load(base, tmp_path / "policy")
-    assert isinstance(roles, WholeRoles)
     assert roles.policy_weights().keys() == load(base).policy_weights().keys()
     assert (roles.logprobs(batch_of(roles)) - adapted.logprobs(batch_of(roles))).abs().max() < 1e-3
     assert torch.equal(roles.read(batch_of(roles)).logprobs, adapted.read(batch_of(roles)).logprobs)
@@ -229,6 +233,20 @@ def test_a_base_that_a_policy_could_not_be_written_as_is_refused_at_once(tmp_pat
     torch.save(model.state_dict(), base / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"has no model\..* in safetensors: set RATCHET_TUNING=lora"):
         load(base)
+
+
+@pytest.mark.parametrize(("tuning", "left"), [("lora", [0, 1, 2, 3, 4]), ("full", [0, 3, 4])])
+def test_checkpoints_of_whole_models_that_are_needed_no_more_go_as_training_goes_on(
+    tuning: Tuning, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: len(iterations) - 1)
+    base = make_family(tmp_path / "base", "llama")
+    settings = replace(tiny_ppo.SETTINGS, iterations=5, rollouts=8, minibatch=8)
+    checkpoints = tmp_path / "checkpoints"
+    run = tiny_ppo.start(load_roles(Origin(base, 4, tuning=tuning)), settings)
+    outcome = ppo.train(run, checkpoints, lambda _: None)
+    assert sorted(checkpoints.glob("0*.pt")) == [checkpoint_path(checkpoints, number) for number in left]
+    assert load_average(checkpoints, outcome.kept).keys() == run.roles.policy_weights().keys()
 
 
 def test_a_weight_that_is_no_number_is_seen(tmp_path: Path) -> None:
