@@ -37,7 +37,7 @@ def change(roles: WholeRoles) -> WholeRoles:
     """A policy that is not the anchor."""
     generator = torch.Generator().manual_seed(1)
     for weights in roles.policy_parameters():
-        weights += 0.1 * torch.randn(weights.shape, generator=generator)
+        weights.add_(0.1 * torch.randn(weights.shape, generator=generator))
     return roles
 
 
