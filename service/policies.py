@@ -15,13 +15,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from service.errors import Conflict, PolicyRefused, SettingsError
+from service.settings import Tuning
 from service.tables import Deployment, Policy
 from service.weights import CONFIG, WEIGHTS, check_adapter, check_model
 
 BASE = "policy-000000"
 CHANNEL = "deployment"
 MERGED = "merged"
-"""Folder, in that of a policy, of the whole model with the adapter merged into it: for merged delivery."""
+"""Folder, in that of a policy, of the whole model (with the adapter merged into it, where it has one): for merged delivery."""
 
 
 class Probe(BaseModel):
@@ -37,6 +38,8 @@ class Manifest(BaseModel):
     """What of a policy's `manifest.json` the service checks."""
 
     name: str
+    tuning: Tuning = "lora"
+    """`full`: it has no adapter, but is a whole model."""
     files: dict[str, str]
     probe: list[Probe] = Field(min_length=1)
     probe_tolerance: float = Field(gt=0, allow_inf_nan=False)
@@ -58,9 +61,9 @@ class Wanted:
 
 
 def read_folder(name: str, path: Path, base: Path | None = None, *, merged: bool = False) -> Manifest:
-    """The manifest of a whole policy folder, whose adapter fits the base. Raises PolicyRefused. Reads all of it: off the loop.
+    """The manifest of a whole policy folder, whose weights fit the base. Raises PolicyRefused. Reads all of it: off the loop.
 
-    merged: it must hold the whole model too.
+    merged: it must hold the whole model.
     """
     if not (path / "READY").exists():
         raise PolicyRefused("its folder holds no READY: it was not written to the end")
@@ -70,13 +73,16 @@ def read_folder(name: str, path: Path, base: Path | None = None, *, merged: bool
         raise PolicyRefused(f"its manifest cannot be read ({type(error).__name__})") from error
     if manifest.name != name:
         raise PolicyRefused(f"its manifest is that of {manifest.name}")
-    for file in (WEIGHTS, CONFIG):
+    if manifest.tuning == "full" and not merged:
+        raise PolicyRefused("it is a whole model without an adapter: set RATCHET_DELIVERY=merged")
+    for file in (WEIGHTS, CONFIG) if manifest.tuning == "lora" else ():
         if file not in manifest.files:
             raise PolicyRefused(f"its manifest has no sha256 of {file}")
     for file, sha256 in manifest.files.items():
         if _sha256(_inside(path, file)) != sha256:
             raise PolicyRefused(f"{file} is not the file that the manifest names: its sha256 differs")
-    check_adapter(path, base)
+    if manifest.tuning == "lora":
+        check_adapter(path, base)
     if merged:
         if not any(file.startswith(f"{MERGED}/") for file in manifest.files):
             raise PolicyRefused("it holds no whole model: it was made with another RATCHET_DELIVERY")

@@ -18,6 +18,7 @@ SECRETS = Path("/run/secrets")
 """Where containers are given secrets: a file named as a setting (`database_url`, `ratchet_key`) is its value."""
 ALIASES = ("DATABASE_URL", "OTEL_EXPORTER_OTLP_ENDPOINT")
 """Settings whose names others have given."""
+Tuning = Literal["lora", "full"]
 
 
 class Settings(BaseSettings):
@@ -154,6 +155,8 @@ class Settings(BaseSettings):
     """Replies sampled in an iteration."""
     kl_budget: float = Field(5.0, gt=0)
     """KL to the anchor that training steers to, in nats per reply."""
+    tuning: Tuning = "lora"
+    """What PPO trains: `lora`, an adapter over the base, or `full`, all weights, which needs `RATCHET_DELIVERY=merged`."""
     lora_rank: int = Field(16, ge=1)
     """Rank of a policy's adapter."""
 
@@ -166,6 +169,16 @@ class Settings(BaseSettings):
                 "`fleet` needs adapters, which RATCHET_DELIVERY=merged gives engines none of: set `local`, or deliver by `adapter`",
             )
         return rollouts
+
+    @field_validator("tuning")
+    @classmethod
+    def _can_be_delivered(cls, tuning: Tuning, others: ValidationInfo) -> Tuning:
+        if tuning == "full" and others.data.get("delivery") != "merged":
+            raise PydanticCustomError(
+                "delivery",
+                "full makes policies that are whole models: set RATCHET_DELIVERY=merged too, or lora here",
+            )
+        return tuning
 
     @property
     def replica_urls(self) -> tuple[str, ...]:

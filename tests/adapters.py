@@ -50,12 +50,14 @@ def write_policy(
 ) -> Path:
     """A policy's folder whose sha256 are right, whatever is in it. content: of the weights' file, instead of `tensors`.
 
-    merged: of the whole model, for engines that take no adapters.
+    merged: of the whole model, for engines that take no adapters. Where the manifest says `tuning="full"` there is no adapter.
     """
     folder.mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes(safetensors(tensors) if content is None else content)
-    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}))
-    names = [WEIGHTS, CONFIG]
+    names = []
+    if manifest.get("tuning") != "full":
+        (folder / WEIGHTS).write_bytes(safetensors(tensors) if content is None else content)
+        (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}))
+        names += [WEIGHTS, CONFIG]
     if merged is not None:
         (folder / MERGED).mkdir()
         names.append(f"{MERGED}/model.safetensors")

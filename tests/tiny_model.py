@@ -55,14 +55,14 @@ CONSTANT, END_WEIGHT = 30.0, 2.3
 PROBE = [[5, 9, 40, 41, 12, 77, 60], [3, 70, 71, 80, 1, 4, 33, 90]]
 
 
-def make_model(folder: Path, *, ends: bool = False) -> Path:
-    """Write a Hugging Face model folder (two layers, hidden 128, head size 64, untied).
+def make_model(folder: Path, *, ends: bool = False, tied: bool = False) -> Path:
+    """Write a Hugging Face model folder (two layers, hidden 128, head size 64, its embeddings tied or not).
 
     It hardly ever ends a reply, or, with `ends`, at any token with a probability of some percent.
     """
     tokenizer = _make_tokenizer()
     tokenizer.save_pretrained(folder)
-    model = LlamaForCausalLM(_config(len(tokenizer)))
+    model = LlamaForCausalLM(_config(len(tokenizer), tied))
     with torch.no_grad():
         model.lm_head.weight[model.config.eos_token_id] = 0
         if ends:
@@ -118,13 +118,13 @@ def _make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _config(vocab_size: int) -> LlamaConfig:
+def _config(vocab_size: int, tied: bool) -> LlamaConfig:
     torch.manual_seed(0)
     return LlamaConfig(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
         eos_token_id=1, pad_token_id=0,
-        tie_word_embeddings=False, initializer_range=0.2,
+        tie_word_embeddings=tied, initializer_range=0.2,
     )  # fmt: skip
 
 

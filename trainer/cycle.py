@@ -8,10 +8,11 @@ A cycle that was cut off is taken up again from its snapshot; one whose policy w
 
 import json
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,12 +26,12 @@ from service import replicas
 from service.policies import BASE, CHANNEL
 from service.settings import Settings
 from service.tables import Cycle, Deployment, Duel, Policy, Prompt
-from trainer import ppo, preferences, publish, report, reward_model, snapshot
+from trainer import ppo, preferences, publish, report, reward_model, snapshot, whole
 from trainer.anchoring import Anchored, TooFewDemonstrations, learn_anchor
 from trainer.fleet_rollouts import FleetSampler
 from trainer.guard import Guard, load_guards
 from trainer.learning import Learned, Method, Recipe, Refused, TooFewVotes, learn
-from trainer.models import Roles
+from trainer.models import Origin, Roles
 from trainer.team import ALONE, Team
 
 SWAP_SECONDS = 300.0
@@ -60,6 +61,10 @@ class Run:
     @property
     def folder(self) -> Path:
         return self.settings.state / "cycles" / f"{self.id:06d}"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
     @property
     def seed(self) -> int:
@@ -102,10 +107,11 @@ class Start:
 
     live: str
     base: Path
-    adapter: Path | None
+    folder: Path | None
+    """Of the live policy; None: it is the base."""
     anchor: str
     """That of the live policy, which may be itself."""
-    anchor_adapter: Path | None
+    anchor_folder: Path | None
 
 
 def run_cycle(
@@ -124,6 +130,7 @@ def run_cycle(
     run = Run(settings, sessions, console, cycle_id, metrics, team)
     try:
         policy = _find_published(run) or _learn(run)
+        _clear(run)
         run.enter("swap")
         stage, reason = _await_swap(run, policy)
     except CycleEnded as end:
@@ -135,7 +142,14 @@ def run_cycle(
         row = session.get_one(Cycle, cycle_id)
         row.stage, row.reason, row.ended_at = stage, reason, func.now()
     run.say(f"{stage}: {reason}")
+    _clear(run)
     _report(run, stage, reason)
+
+
+def _clear(run: Run) -> None:
+    """Checkpoints of whole models fill a disk, and are for taking up again what is not published yet, and has not ended."""
+    if run.settings.tuning == "full":
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
 def _report(run: Run, stage: str, reason: str) -> None:
@@ -164,7 +178,10 @@ def _learn(run: Run) -> str:
     recipe = _recipe(run, start)
     if recipe.method != "ppo" and run.team.size > 1:
         raise CycleEnded("failed", f"Method {recipe.method} trains in one process: start the trainer alone.")
-    roles = Roles.load(start.base, settings.lora_rank, start.adapter, start.anchor_adapter, run.team.device)
+    if recipe.method != "ppo" and settings.tuning == "full":
+        raise CycleEnded("failed", f"Method {recipe.method} trains adapters alone: set RATCHET_TUNING=lora.")
+    origin = Origin(start.base, settings.lora_rank, start.folder, start.anchor_folder, settings.tuning)
+    roles = whole.load_roles(origin, run.team.device)
     lesson = preferences.read(roles, feedback, settings.votes_per_user)
     guards = load_guards(settings.guard, start.base)
     try:
@@ -204,11 +221,18 @@ def _learn(run: Run) -> str:
 def _train(
     run: Run, roles: Roles, lesson: preferences.Lesson, guards: Sequence[Guard], recipe: Recipe
 ) -> Learned | Anchored:
-    checkpoints = run.folder / "checkpoints"
     if recipe.method == "sft":
-        return learn_anchor(roles, lesson, guards, recipe, run.seed, checkpoints, run)
+        return learn_anchor(roles, lesson, guards, recipe, run.seed, run.checkpoints, run)
     return learn(
-        roles, lesson.preferences, guards, recipe, run.seed, checkpoints, run, run.team, _fleet_sampler(run)
+        roles,
+        lesson.preferences,
+        guards,
+        recipe,
+        run.seed,
+        run.checkpoints,
+        run,
+        run.team,
+        _fleet_sampler(run),
     )
 
 
@@ -234,15 +258,18 @@ def _fleet_sampler(run: Run) -> FleetSampler | None:
 def _recipe(run: Run, start: Start) -> Recipe:
     """The trainer's defaults, with what the settings and the operator say."""
     settings = run.settings
+    policy = ppo.PPOSettings(
+        iterations=settings.ppo_iterations,
+        rollouts=settings.ppo_rollouts,
+        kl_budget=settings.kl_budget,
+        kl_start=_inherited_coefficient(start),
+        max_tokens=settings.max_reply_tokens,
+    )
+    if settings.tuning == "full":
+        policy = replace(policy, learning_rate_times_width=whole.LEARNING_RATE_TIMES_WIDTH)
     return Recipe(
         method=run.method,
-        policy=ppo.PPOSettings(
-            iterations=settings.ppo_iterations,
-            rollouts=settings.ppo_rollouts,
-            kl_budget=settings.kl_budget,
-            kl_start=_inherited_coefficient(start),
-            max_tokens=settings.max_reply_tokens,
-        ),
+        policy=policy,
         reward=reward_model.RewardSettings(length_bias=settings.reward_length_bias),
         served_min_p=settings.default_min_p,
     )
@@ -284,15 +311,23 @@ def _check_new(run: Run, sha256: str) -> None:
 
 
 def _find_start(run: Run) -> Start:
+    """Raises CycleEnded where an adapter cannot begin there."""
     with run.sessions() as session:
         deployment = session.get_one(Deployment, 1)
         live = session.get_one(Policy, deployment.live)
         anchor = session.get_one(Policy, live.manifest.get("anchor", BASE))
         base = session.get_one(Policy, BASE)
-    return Start(live.name, Path(base.path), _adapter_of(live), anchor.name, _adapter_of(anchor))
+    if run.settings.tuning == "lora":
+        for name in (policy.name for policy in (live, anchor) if policy.manifest.get("tuning") == "full"):
+            raise CycleEnded(
+                "failed",
+                f"{name} is a whole model, and an adapter goes over the base alone: set RATCHET_TUNING=full, "
+                "or go back to a policy that is an adapter (ratchet rollback).",
+            )
+    return Start(live.name, Path(base.path), _folder_of(live), anchor.name, _folder_of(anchor))
 
 
-def _adapter_of(policy: Policy) -> Path | None:
+def _folder_of(policy: Policy) -> Path | None:
     return Path(policy.path) if policy.name != BASE else None
 
 
@@ -302,9 +337,9 @@ def _method_of(manifest: Mapping[str, Any]) -> str:
 
 def _inherited_coefficient(start: Start) -> float:
     """The KL coefficient that the live policy was kept at: a cycle goes on where the last one left off."""
-    if start.adapter is None:
+    if start.folder is None:
         return ppo.PPOSettings().kl_start
-    manifest = json.loads((start.adapter / "manifest.json").read_text())
+    manifest = json.loads((start.folder / "manifest.json").read_text())
     if _method_of(manifest) != "ppo":  # the others have none
         return ppo.PPOSettings().kl_start
     return float(manifest["metrics"]["kept"]["kl_coefficient"])

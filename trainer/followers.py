@@ -12,10 +12,11 @@ from torch import Tensor
 
 from trainer.consensus import Consensus
 from trainer.iterations import Unsound
-from trainer.models import Origin, Roles
+from trainer.models import Origin
 from trainer.ppo import PPO, PPOSettings, train
 from trainer.reward_model import Head
 from trainer.team import Team
+from trainer.whole import load_roles
 
 NOWHERE = Path()
 """Followers write no checkpoints."""
@@ -68,7 +69,7 @@ def follow(team: Team) -> None:
     """Takes part in one run after the other, until the leader tells that there are no more (None)."""
     while (job := team.tell(None)) is not None:
         origin: Origin = job.origin
-        roles = Roles.load(*origin, device=team.device)
+        roles = load_roles(origin, team.device)
         roles.load_policy_state(job.policy)
         roles.consensus = job.consensus
         run = PPO(roles, job.ensemble, job.judge, job.prompts, job.settings, job.seed, team)

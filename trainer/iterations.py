@@ -148,13 +148,30 @@ def checkpoint_path(checkpoints: Path, number: int) -> Path:
     return checkpoints / f"{number:03d}.pt"
 
 
+def averaged(number: int) -> range:
+    """The iterations that `load_average` averages."""
+    return range(number - min(AVERAGED, math.ceil(number / 2)) + 1, number + 1)
+
+
+def prune(checkpoints: Path, kept: int) -> None:
+    """Removes weights that are needed no more: whatever comes, `choose_kept` never goes back behind what it kept once.
+
+    (Whether the guard set objects to an iteration is settled with it, and a new best is itself liked, and later.) The first stay.
+    """
+    for number in range(1, averaged(kept).start):
+        checkpoint_path(checkpoints, number).unlink(missing_ok=True)
+
+
 def load_average(checkpoints: Path, number: int) -> dict[str, Tensor]:
     """The mean of the policy's weights before iterations up to that one: what noise there is in the last steps cancels.
 
     Source: arXiv:2406.16768 (averaged policies get more reward for the same KL).
     """
-    numbers = range(number - min(AVERAGED, math.ceil(number / 2)) + 1, number + 1)
-    states = [torch.load(checkpoint_path(checkpoints, each), weights_only=True) for each in numbers]
+    # Mapped, not read: they are looked at one weight at a time, and ten whole models are many.
+    states = [
+        torch.load(checkpoint_path(checkpoints, each), weights_only=True, mmap=True)
+        for each in averaged(number)
+    ]
     return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
 
 

@@ -3,7 +3,7 @@
 The policy is a LoRA adapter over the frozen base. The reference is the anchor: the base with the adapter off, or, where demonstrations
 made another anchor, that one's adapter, loaded beside the policy's and frozen. Reward models and value are scalar heads on the
 reference's hidden states: one pass of the reference serves all three, and a few hundred votes cannot bend the features that
-they are read from.
+they are read from. With full fine-tuning policy and reference are two whole models instead: see `whole.py`.
 
 Legend: B sequences, L tokens of prompt and reply together, V vocabulary, H hidden size.
 Sequences are padded on the right: with a causal model nothing real can see the padding, so no attention mask is needed.
@@ -20,9 +20,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from service.settings import Tuning
 from service.tables import Message
 from trainer.consensus import Consensus, Said
 from trainer.passes.attention import use_short_attention
@@ -33,6 +34,8 @@ from trainer.passes.shapes import LENGTH, choose_places, round_up
 
 POLICY = "policy"
 REFERENCE = "reference"
+BASE = "base"
+"""What every policy began as, whatever the anchor is."""
 ANCHOR = "anchor"
 """Name of the anchor's adapter, where it has one."""
 
@@ -90,18 +93,24 @@ class Origin(NamedTuple):
 
     base: str | Path
     rank: int
+    """Of a new adapter."""
     parent: Path | None = None
-    """The adapter that the policy begins as; None: a new one that changes nothing yet."""
+    """Folder of the policy that this one begins as; None: the base, with a new adapter that changes nothing yet."""
     anchor: Path | None = None
-    """The adapter that the reference has; None: none."""
+    """Folder of the policy that the reference is; None: the base."""
+    tuning: Tuning = "lora"
+    """`full`: see `whole.py`, whose `load_roles` is for both."""
 
 
 class Roles(nn.Module):
     """The base with the policy's adapter, which is kept in float32 and computed in `compute_dtype` (autocast)."""
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, origin: Origin) -> None:
+    def __init__(
+        self, model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: Origin
+    ) -> None:
         super().__init__()
         self.model = model
+        """Computes as `acting_as` says."""
         self.tokenizer = tokenizer
         self.origin = origin
         self.consensus = Consensus()
@@ -119,11 +128,7 @@ class Roles(nn.Module):
         """As in `Origin`. rank: of a new adapter."""
         device = device or torch.get_default_device()
         model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(device))
-        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-            # Gemma 2: faster attention leaves the cap out, without a word; the engine does not.
-            model.set_attn_implementation("eager")
-        use_short_attention(model)
-        use_one_step_norms(model)
+        use_cheap_passes(model)
         tokenizer = AutoTokenizer.from_pretrained(base)
         config = adapter_config(rank, parent)
         if parent is None:
@@ -214,57 +219,63 @@ class Roles(nn.Module):
             self._pieces[token] = self.decode([before, token]).removeprefix(self.decode([before]))
         return self._pieces[token]
 
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """`model` without what wraps it."""
+        return self.model.get_base_model()
+
+    def policy_weights(self) -> dict[str, nn.Parameter]:
+        """All that training changes, by name: the adapter."""
+        return {name: weights for name, weights in self.model.named_parameters() if f".{POLICY}." in name}
+
     def policy_parameters(self) -> list[nn.Parameter]:
-        """The adapter's weights: all that PPO trains of the model."""
-        return [parameter for name, parameter in self.model.named_parameters() if f".{POLICY}." in name]
+        """`policy_weights` without their names."""
+        return list(self.policy_weights().values())
 
     def policy_state(self) -> dict[str, Tensor]:
-        """A copy of the adapter's weights."""
-        return {
-            name: parameter.detach().cpu().clone()
-            for name, parameter in self.model.named_parameters()
-            if f".{POLICY}." in name
-        }
+        """A copy of `policy_weights`."""
+        return {name: weights.detach().cpu().clone() for name, weights in self.policy_weights().items()}
 
     def is_finite(self) -> bool:
-        """Whether every weight of the adapter is a number."""
+        """Whether every weight that training changes is a number."""
         return all(bool(weights.isfinite().all()) for weights in self.policy_parameters())
 
     @torch.no_grad()
     def load_policy_state(self, state: dict[str, Tensor]) -> None:
         """Puts a copy taken by `policy_state` back."""
-        parameters = dict(self.model.named_parameters())
+        parameters = self.policy_weights()
         for name, value in state.items():
             parameters[name].copy_(value)
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[None]:
-        """Within it the model computes as the policy or the reference."""
-        switched: AbstractContextManager[None] = (
-            self._switched_to_anchor() if role == REFERENCE else nullcontext()
-        )
+        """Within it `model` computes as the policy, the reference or the base."""
         bfloat16 = compute_dtype(self.device) is torch.bfloat16
-        with switched, torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+        with self._switched_to(role), torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             yield
+
+    def _switched_to(self, role: str) -> AbstractContextManager[None]:
+        if role == POLICY:
+            return nullcontext()
+        if role == BASE or self.origin.anchor is None:
+            without_adapter: AbstractContextManager[None] = self.model.disable_adapter()
+            return without_adapter
+        return self._switched_to_anchor()
 
     @contextmanager
     def _switched_to_anchor(self) -> Iterator[None]:
-        if self.origin.anchor is None:
-            with self.model.disable_adapter():
-                yield
-            return
         self.model.set_adapter(ANCHOR, inference_mode=True)
         try:
             yield
         finally:
             self.model.set_adapter(POLICY)
 
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> Tensor:
-        """[B, L] the policy's log-probability of each reply token given all before it; 0.0 elsewhere.
+    def logprobs(self, batch: Batch, temperature: float = 1.0, role: str = POLICY) -> Tensor:
+        """[B, L] the policy's (or another's) log-probability of each reply token given all before it; 0.0 elsewhere.
 
         The vocabulary is computed at the reply's tokens alone. Logits are divided by the sampling temperature first.
         """
-        with self.acting_as(POLICY):
+        with self.acting_as(role):
             return self._forward(batch, temperature)[1]
 
     @torch.no_grad()
@@ -292,7 +303,7 @@ class Roles(nn.Module):
         The logits are the model's own, since families scale or cap them (Gemma, Granite, Cohere): on the way from its backbone to
         its output embeddings all states but those that the reply's tokens were chosen from are taken away, n in all.
         """
-        model = self.model.get_base_model()
+        model = self.language_model
         reply = batch.reply_mask.bool()
         before = functional.pad(reply[:, 1:], (0, 1))  # [B, L] the tokens that the reply's are chosen from
         places = choose_places(before)
@@ -310,6 +321,15 @@ class Roles(nn.Module):
         logprobs = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
         spread = logprobs.new_zeros(batch.ids.numel()).index_copy(0, places, logprobs).roll(1)
         return all_states[0], spread.view(batch.ids.shape) * batch.reply_mask
+
+
+def use_cheap_passes(model: PreTrainedModel) -> None:
+    """What of `passes/` a model is given once, for good."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        # Gemma 2: faster attention leaves the cap out, without a word; the engine does not.
+        model.set_attn_implementation("eager")
+    use_short_attention(model)
+    use_one_step_norms(model)
 
 
 class _TokenLogprobs(torch.autograd.Function):

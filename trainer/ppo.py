@@ -38,6 +38,7 @@ from trainer.iterations import (
     choose_kept,
     guarded,
     objection,
+    prune,
     save,
 )
 from trainer.models import POLICY, Batch, Roles
@@ -461,17 +462,21 @@ def train(
         state = ppo.state() | {"iterations": [asdict(iteration) for iteration in iterations]}
         if leads:
             save(state, checkpoints / UNDER_WAY)
+            if ppo.roles.origin.tuning == "full":  # adapters are small, and stay for whoever looks
+                prune(checkpoints, choose_kept(iterations))
         on_iteration(iterations[-1])
     return Outcome(iterations, choose_kept(iterations), objection(iterations) or ALL_DONE)
 
 
 def _resume(ppo: PPO, checkpoints: Path) -> list[Iteration]:
-    """The iterations that are done already. Begins anew where another release did them, whose features were others."""
+    """The iterations that are done already. Begins anew where another release did them, whose features were others, or another
+    tuning, whose weights were."""
     path = checkpoints / UNDER_WAY
     found = None
     if ppo.team.leads and path.exists():
         found = torch.load(path, weights_only=True, map_location=ppo.roles.device)
-        found = found if ppo.value.fits(found["value"]) else None
+        same_weights = found["policy"].keys() == ppo.roles.policy_weights().keys()
+        found = found if same_weights and ppo.value.fits(found["value"]) else None
     state = ppo.team.tell(found)
     if state is None:
         return []

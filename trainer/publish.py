@@ -1,4 +1,4 @@
-"""Writing a policy's folder: adapter, manifest, probe, and, last, READY. Whole or not at all."""
+"""Writing a policy's folder: adapter or whole model, manifest, probe, and, last, READY. Whole or not at all."""
 
 import hashlib
 import importlib.metadata
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from service.policies import MERGED
-from trainer.models import POLICY, Batch, Roles
+from trainer.models import BASE, POLICY, Batch, Roles
 from trainer.rollouts import Rollout
 
 NUM_PROBES = 4
@@ -46,7 +47,7 @@ def publish(
 ) -> Path:
     """The folder of a new policy, for which `rollouts` give the probes. Raises FileExistsError where its name is taken.
 
-    merged: with the whole model too, for engines that are given no adapters.
+    merged: with the whole model too, for engines that are given no adapters. With full fine-tuning there is nothing else.
     """
     folder = policies / lineage.name
     if (folder / "READY").exists():
@@ -54,8 +55,10 @@ def publish(
     shutil.rmtree(folder, ignore_errors=True)  # without READY: left by a cycle that was cut off
     partial = policies / f".{lineage.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    save_adapter(roles, partial)
-    if merged:
+    partial.mkdir(parents=True)
+    if roles.origin.tuning == "lora":
+        save_adapter(roles, partial)
+    if merged or roles.origin.tuning == "full":
         save_merged(roles, partial / MERGED)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     manifest = {
@@ -63,6 +66,7 @@ def publish(
         "parent": lineage.parent,
         "anchor": lineage.anchor,
         "base": lineage.base,
+        "tuning": roles.origin.tuning,
         "cycle": lineage.cycle,
         "snapshot": lineage.snapshot,
         "seed": lineage.seed,
@@ -81,7 +85,7 @@ def publish(
 
 def save_adapter(roles: Roles, folder: Path) -> None:
     """The policy's adapter in PEFT's format, directly in `folder`."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     roles.model.save_pretrained(folder, selected_adapters=[POLICY])
     inner = folder / POLICY  # PEFT puts an adapter that is not called "default" into a folder of its own
     if inner.is_dir():
@@ -93,33 +97,54 @@ def save_adapter(roles: Roles, folder: Path) -> None:
 
 @torch.no_grad()
 def save_merged(roles: Roles, folder: Path) -> None:
-    """The base's own files, with the policy's change added to each matrix that it adapts: in float32, and rounded once.
+    """The base's own files, with what the policy has made of each weight: in float32, and rounded once.
 
-    Raises ValueError where the base has no such matrix, as where its weights are not in safetensors.
+    Raises ValueError where the base has no such weights, as where they are not in safetensors.
     """
     folder.mkdir(parents=True)
     base = Path(roles.origin.base)
-    layers = {
-        name.removeprefix("base_model.model."): layer
-        for name, layer in roles.model.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+    changes = _adapter_changes(roles) if roles.origin.tuning == "lora" else _new_weights(roles)
     for path in sorted(base.glob("*.safetensors")):
         tensors = load_file(path)
         for name, weights in tensors.items():
-            module = name.removesuffix(".weight")
             # A checkpoint may leave out the model's own prefix (`transformer.`).
-            found = next((each for each in layers if module in (each, each.partition(".")[2])), None)
+            found = next((each for each in changes if name in (each, each.partition(".")[2])), None)
             if found is not None:
-                change = layers.pop(found).get_delta_weight(POLICY).to(weights.device)
-                tensors[name] = (weights.float() + change.float()).to(weights.dtype).contiguous()
+                tensors[name] = changes.pop(found)(weights).to(weights.dtype).contiguous()
         save_file(tensors, folder / path.name, metadata={"format": "pt"})
-    if layers:
+    if changes:
         raise ValueError(
-            f"{base} has no weights in safetensors for {next(iter(layers))}: it cannot be merged."
+            f"{base} has no weights in safetensors for {next(iter(changes))}: it cannot be merged."
         )
-    for path in (*base.glob("*.safetensors.index.json"), base / "config.json"):
-        shutil.copy(path, folder / path.name)
+    for pattern in ("*.safetensors.index.json", "config.json", "generation_config.json"):
+        for path in base.glob(pattern):
+            shutil.copy(path, folder / path.name)
+
+
+Change = Callable[[Tensor], Tensor]
+"""From the base's weights to the policy's."""
+
+
+def _adapter_changes(roles: Roles) -> dict[str, Change]:
+    """By the name of the weights that a layer adapts."""
+
+    def adding(layer: LoraLayer) -> Change:
+        return lambda weights: weights.float() + layer.get_delta_weight(POLICY).to(weights.device).float()
+
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": adding(layer)
+        for name, layer in roles.model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def _new_weights(roles: Roles) -> dict[str, Change]:
+    """By name; those that are not trained stay the base's. What is written is rounded in `roles` too, where probes are made of it."""
+
+    def replacing(trained: Tensor) -> Change:
+        return lambda weights: trained.copy_(trained.to(weights.dtype)).to(weights.device)
+
+    return {name: replacing(weights) for name, weights in roles.policy_weights().items()}
 
 
 @torch.no_grad()
@@ -131,8 +156,7 @@ def make_probes(roles: Roles, rollouts: Sequence[Rollout]) -> list[dict[str, Any
     for rollout in chosen:
         batch = Batch.collate([(rollout.prompt_ids, rollout.reply_ids)], roles.pad_id, roles.device)
         logprobs = roles.logprobs(batch)[0].tolist()
-        with roles.model.disable_adapter():
-            base_logprobs = roles.logprobs(batch)[0].tolist()
+        base_logprobs = roles.logprobs(batch, role=BASE)[0].tolist()
         start = len(rollout.prompt_ids)
         probes.append(
             {

@@ -39,6 +39,14 @@ def test_rollouts_by_engines_that_take_no_adapters_are_refused(monkeypatch: pyte
     assert get_settings().delivery == "merged"
 
 
+def test_whole_models_are_only_trained_where_they_can_be_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RATCHET_TUNING", "full")
+    with pytest.raises(SettingsError, match=r"RATCHET_TUNING: full makes .* set RATCHET_DELIVERY=merged"):
+        get_settings()
+    monkeypatch.setenv("RATCHET_DELIVERY", "merged")
+    assert get_settings().tuning == "full"
+
+
 def test_a_wrong_value_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RATCHET_PORT", "seventy")
     with pytest.raises(SettingsError, match="RATCHET_PORT: "):

@@ -74,6 +74,30 @@ def test_a_whole_model_that_does_not_fit_says_why(
         read_folder("policy-000001", folder, base, merged=True)
 
 
+def test_a_policy_that_is_a_whole_model_needs_no_adapter_and_merged_delivery(
+    tmp_path: Path, base: Path
+) -> None:
+    folder = write_policy(tmp_path / "policy-000001", PROBE, merged=BASE_WEIGHTS, tuning="full")
+    assert read_folder("policy-000001", folder, base, merged=True).tuning == "full"
+    with pytest.raises(PolicyRefused, match="whole model without an adapter: set RATCHET_DELIVERY=merged"):
+        read_folder("policy-000001", folder, base)
+
+
+@pytest.mark.parametrize(
+    ("merged", "reason"),
+    [
+        (None, "it was made with another RATCHET_DELIVERY"),
+        ({"lm_head.weight": [[0.0]]}, "its whole model leaves out model.layers.0.self_attn.q_proj.weight"),
+    ],
+)
+def test_a_policy_that_is_a_whole_model_must_fit_the_base_all_the_same(
+    tmp_path: Path, base: Path, merged: Tensors | None, reason: str
+) -> None:
+    folder = write_policy(tmp_path / "policy-000001", PROBE, merged=merged, tuning="full")
+    with pytest.raises(PolicyRefused, match=reason):
+        read_folder("policy-000001", folder, base, merged=True)
+
+
 def test_a_whole_model_is_only_looked_at_where_it_is_served(tmp_path: Path, base: Path) -> None:
     folder = write_policy(tmp_path / "policy-000001", PROBE, merged=BASE_WEIGHTS)
     for merged in (True, False):

@@ -14,7 +14,8 @@ def _open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16, where a machine has it, would hide a difference in its rounding."""
-    monkeypatch.setattr("trainer.models.compute_dtype", lambda _: torch.float32)
+    for module in ("models", "whole"):
+        monkeypatch.setattr(f"trainer.{module}.compute_dtype", lambda _: torch.float32)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -39,7 +39,9 @@ from tests.tiny_model import make_model
 from trainer import cycle, gate, snapshot
 from trainer.__main__ import find_trigger, tick
 from trainer.fleet_rollouts import FleetSampler
+from trainer.iterations import Iteration
 from trainer.models import Batch, Roles
+from trainer.ppo import PPO
 from trainer.team import Parted, Team
 
 pytestmark = pytest.mark.database
@@ -68,6 +70,12 @@ def _with_charts() -> None:
 def settings(database: Settings) -> Settings:
     small = {"ppo_iterations": 3, "ppo_rollouts": 8, "max_reply_tokens": 8, "lora_rank": 4}
     return database.model_copy(update=small)
+
+
+@pytest.fixture
+def full(settings: Settings) -> Settings:
+    """All weights are trained."""
+    return settings.model_copy(update={"tuning": "full", "delivery": "merged"})
 
 
 @pytest.fixture
@@ -337,6 +345,17 @@ def test_too_few_demonstrations_end_the_cycle_with_a_reason(
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_method_that_trains_adapters_says_so_where_all_weights_are_to_be_trained(
+    method: str, full: Settings, sessions: sessionmaker[Session]
+) -> None:
+    ended = run(full, sessions, request_cycle(sessions, method))
+    assert (ended.stage, ended.reason) == (
+        "failed",
+        f"Method {method} trains adapters alone: set RATCHET_TUNING=lora.",
+    )
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_method_that_trains_in_one_process_says_so_to_several(
     method: str, settings: Settings, sessions: sessionmaker[Session]
 ) -> None:
@@ -382,6 +401,95 @@ def test_the_next_cycle_starts_from_the_live_policy_and_does_not_propose_again_w
         "rejected",
         "policy-000002 learnt from exactly these votes, and was taken back.",
     )
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_a_whole_model_is_trained_and_published_and_the_next_cycle_begins_as_it(
+    full: Settings, sessions: sessionmaker[Session], base: Path
+) -> None:
+    add_votes(sessions, 30)
+    begun_with_kl = []
+    for parent in (BASE, "policy-000001"):
+        service = accept_challengers(sessions)
+        ended = run(full, sessions, request_cycle(sessions))
+        service.join()
+        assert ended.stage == "promoted"
+        with sessions() as session:
+            policy = session.get_one(Policy, ended.policy)
+        assert (policy.parent, policy.manifest["anchor"], policy.manifest["tuning"]) == (parent, BASE, "full")
+        assert read_folder(policy.name, Path(policy.path), base, merged=True).probe
+        assert not list(Path(policy.path).glob("adapter*"))
+        assert not list(full.state.glob("cycles/*/checkpoints"))
+        begun_with_kl.append(ended.metrics["training"]["iterations"][0]["kl"])
+    assert begun_with_kl[0] == 0.0
+    assert begun_with_kl[1] > 0.0
+
+
+def test_whole_models_that_the_gate_refuses_leave_no_checkpoints_behind(
+    full: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = gate.Check("guard", 0.5, 0.6, False, "")
+    monkeypatch.setattr(gate, "decide", lambda *_, **__: gate.Verdict([failing]))
+    monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: 2)
+    add_votes(sessions, 30)
+    ended = run(full, sessions, request_cycle(sessions))
+    assert (ended.stage, ended.reason) == ("rejected", "The gate refused it: guard 0.500 (needs 0.600).")
+    assert not list(full.state.glob("cycles/*/checkpoints"))
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_all_weights_can_be_trained_from_an_adapter_on_but_not_the_other_way_round(
+    full: Settings, settings: Settings, sessions: sessionmaker[Session], base: Path
+) -> None:
+    add_votes(sessions, 30)
+    for tuning in (settings.model_copy(update={"delivery": "merged"}), full):
+        service = accept_challengers(sessions)
+        ended = run(tuning, sessions, request_cycle(sessions))
+        service.join()
+        assert ended.stage == "promoted"
+    with sessions() as session:
+        adapter, whole = (session.get_one(Policy, f"policy-00000{number}") for number in (1, 2))
+    assert whole.parent == adapter.name
+    assert ended.metrics["training"]["iterations"][0]["kl"] > 0.0  # it began as the adapter had made it
+    ended = run(settings, sessions, request_cycle(sessions))
+    assert (ended.stage, ended.reason) == (
+        "failed",
+        "policy-000002 is a whole model, and an adapter goes over the base alone: set RATCHET_TUNING=full, "
+        "or go back to a policy that is an adapter (ratchet rollback).",
+    )
+    with sessions.begin() as session:  # as a rollback does
+        session.get_one(Deployment, 1).live = adapter.name
+    service = accept_challengers(sessions)
+    ended = run(settings, sessions, request_cycle(sessions))
+    service.join()
+    assert (ended.stage, ended.policy) == ("promoted", "policy-000003")
+
+
+@pytest.mark.usefixtures("_open_gate")
+def test_a_cycle_that_was_cut_off_keeps_its_checkpoints_and_begins_anew_with_another_tuning(
+    full: Settings, settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterate, checkpoints = PPO.iterate, full.state / "cycles" / "000001" / "checkpoints"
+
+    def die_in_the_third(ppo: PPO, number: int) -> Iteration:
+        if number == 2:
+            raise KeyboardInterrupt
+        return iterate(ppo, number)
+
+    add_votes(sessions, 30)
+    cycle_id = request_cycle(sessions)
+    with monkeypatch.context() as broken:
+        broken.setattr(PPO, "iterate", die_in_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            cycle.run_cycle(full, sessions, cycle_id, QUIET)
+    assert (checkpoints / "under-way.pt").exists()
+    service = accept_challengers(sessions)
+    ended = run(settings, sessions, cycle_id)
+    service.join()
+    assert ended.stage == "promoted"
+    assert len(ended.metrics["training"]["iterations"]) == 3
+    with sessions() as session:
+        assert session.get_one(Policy, ended.policy).manifest["tuning"] == "lora"
 
 
 @pytest.mark.parametrize(

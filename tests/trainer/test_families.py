@@ -10,12 +10,20 @@ from transformers import AutoModelForCausalLM
 from service.policies import MERGED, read_folder
 from tests.tiny_model import make_family, read_logprobs
 from tests.trainer.tiny_cycle import NAME, RANK, VOTES, learn_and_publish
-from trainer.models import Batch, Roles
+from trainer.models import BASE, Batch, Origin, Roles
+from trainer.whole import load_roles
+
+TIED_AND_PADDED = pytest.mark.parametrize(
+    ("tied", "padded"), [(True, True), (False, False)], ids=["tied, padded", "neither"]
+)
+EVERY_FAMILY = pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
+)
 
 
 @pytest.mark.usefixtures("_open_gate", "_exact")
-@pytest.mark.parametrize(("tied", "padded"), [(True, True), (False, False)], ids=["tied, padded", "neither"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"])
+@TIED_AND_PADDED
+@EVERY_FAMILY
 def test_a_base_of_any_family_goes_through_the_whole_cycle(
     family: str, tied: bool, padded: bool, tmp_path: Path
 ) -> None:
@@ -46,3 +54,37 @@ def test_a_base_of_any_family_goes_through_the_whole_cycle(
         expected = pytest.approx(list(compress(probe.logprobs, told)), abs=1e-4)
         for model in (again.model, whole):
             assert list(compress(read_logprobs(model, probe.token_ids), told)) == expected
+
+
+@pytest.mark.usefixtures("_open_gate", "_exact")
+@TIED_AND_PADDED
+@EVERY_FAMILY
+def test_so_it_does_with_all_its_weights_trained(
+    family: str, tied: bool, padded: bool, tmp_path: Path
+) -> None:
+    base = make_family(tmp_path / "base", family, tied=tied, padded=padded)
+    torch.manual_seed(0)
+    roles = load_roles(Origin(base, RANK, tuning="full"))
+    batch = roles.batch([(roles.prompt_ids(VOTES[0].messages), roles.reply_ids("a lemon is yellow"))])
+    anchor = roles.read(batch).logprobs
+
+    published = learn_and_publish(roles, tmp_path)
+
+    assert torch.equal(roles.read(batch).logprobs, anchor), "the anchor moved"
+    manifest = read_folder(NAME, published, base, merged=True)
+    assert not any(name.startswith("adapter") for name in manifest.files)
+    again = load_roles(Origin(base, RANK, published, published, "full"))
+    policy = again.logprobs(batch).detach()
+    assert (policy - anchor).abs().max() > 0.05
+    assert torch.equal(policy, roles.logprobs(batch))
+    assert torch.equal(policy, again.read(batch).logprobs)
+    assert torch.equal(anchor, again.logprobs(batch, role=BASE))
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        for folder in (published / MERGED, base)
+    ]
+    for probe in manifest.probe:
+        told = [logprob is not None for logprob in probe.logprobs]
+        for model, wanted in zip(models, (probe.logprobs, probe.base_logprobs), strict=True):
+            own = compress(read_logprobs(model, probe.token_ids), told)
+            assert list(own) == pytest.approx(list(compress(wanted, told)), abs=1e-4)

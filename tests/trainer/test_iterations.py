@@ -5,16 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.iterations import (
     Guarded,
     Iteration,
+    averaged,
     checkpoint_path,
     choose_kept,
     forgets,
     load_average,
     mix,
     objection,
+    prune,
 )
 
 EMPTY = Iteration(0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -84,6 +88,30 @@ def test_the_average_is_of_the_last_half_and_of_ten_at_most(tmp_path: Path) -> N
         torch.save({"weight": torch.tensor([float(number)])}, checkpoint_path(tmp_path, number))
     means = {number: load_average(tmp_path, number)["weight"].item() for number in (1, 4, 30)}
     assert means == {1: 1.0, 4: 3.5, 30: 25.5}
+
+
+@given(
+    st.lists(st.tuples(st.floats(-1, 1), st.floats(0.01, 0.3), st.integers(30, 64)), min_size=1, max_size=40)
+)
+def test_whatever_comes_no_weights_are_averaged_that_were_not_needed_before(
+    measured: list[tuple[float, float, int]],
+) -> None:
+    run = [
+        replace(EMPTY, number=number, judge=judge, judge_error=error, guard=Guarded(right, 64, 0.75))
+        for number, (judge, error, right) in enumerate(measured)
+    ]
+    first = [averaged(choose_kept(run[: length + 1])).start for length in range(len(run))]
+    assert first == sorted(first)
+
+
+def test_weights_that_are_needed_no_more_go_but_for_the_first(tmp_path: Path) -> None:
+    for number in range(25):
+        torch.save({"weight": torch.tensor([float(number)])}, checkpoint_path(tmp_path, number))
+    before = load_average(tmp_path, 20)
+    for kept, left in ((0, range(1, 25)), (4, range(3, 25)), (20, range(11, 25))):
+        prune(tmp_path, kept)
+        assert sorted(int(path.stem) for path in tmp_path.iterdir()) == [0, *left]
+    assert torch.equal(load_average(tmp_path, 20)["weight"], before["weight"])
 
 
 def test_a_mixture_lies_on_the_way_from_live_to_what_was_trained() -> None:

@@ -8,7 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
+from service.settings import Tuning
 from tests.tiny_model import make_family
 from tests.trainer.tiny_cycle import NAME, checkpoints_in, policies_in, run_trainer
 
@@ -23,9 +25,11 @@ Moment = tuple[int, float]
 NEVER = (ITERATIONS + 2, 0.0)
 
 
-def train(base: Path, folder: Path, killed_at: Moment = NEVER) -> tuple[int | None, list[Moment]]:
+def train(
+    base: Path, folder: Path, tuning: Tuning, killed_at: Moment = NEVER
+) -> tuple[int | None, list[Moment]]:
     """A process that is killed at a moment. Returns its exit code, and the moments that it was seen at, some ms apart."""
-    process = PROCESSES.Process(target=run_trainer, args=(base, folder, ITERATIONS))
+    process = PROCESSES.Process(target=run_trainer, args=(base, folder, ITERATIONS, tuning))
     process.start()
     seen, came = [(0, 0.0)], 0.0
     with suppress(psutil.NoSuchProcess):  # it has ended
@@ -50,20 +54,21 @@ def read(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(published)): path.read_bytes() for path in files}
 
 
-def test_a_trainer_killed_at_any_moment_ends_with_the_same_policy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_trainer_killed_at_any_moment_ends_with_the_same_policy(tuning: Tuning, tmp_path: Path) -> None:
     base = make_family(tmp_path / "base", "llama")
     whole = tmp_path / "whole"
-    exit_code, moments = train(base, whole)
+    exit_code, moments = train(base, whole, tuning)
     assert exit_code == 0
     rng = random.Random(0)
     exit_codes, reached = list[int | None](), set[int]()
     for number in range(KILLS):
         folder = tmp_path / str(number)
         moment = moments[int((number + rng.random()) / KILLS * len(moments))]  # from the beginning to the end
-        exit_code, seen = train(base, folder, moment)
+        exit_code, seen = train(base, folder, tuning, moment)
         exit_codes.append(exit_code)
         reached.add(seen[-1][0])
-        assert train(base, folder)[0] == 0
+        assert train(base, folder, tuning)[0] == 0
         assert read(folder) == read(whole), f"killed at {moment}"
     assert exit_codes.count(-signal.SIGKILL) >= KILLS - 2, "hardly any was killed before its end"
     assert len(reached) > 2, "hardly any was killed in PPO"

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from service.policies import read_folder
+from service.settings import Tuning
 from tests.tiny_model import make_model
-from tests.trainer.tiny_cycle import NAME, RECIPE, policies_in
+from tests.trainer.tiny_cycle import NAME, RANK, RECIPE, policies_in
 from tests.trainer.tiny_team import SETTINGS, make_run
 from trainer import ppo
+from trainer.models import Origin
 from trainer.rollouts import Rollout, Sampler
 from trainer.team import ALONE
 
@@ -31,8 +33,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="module", params=["lora", "full"])
+def tuning(request: pytest.FixtureRequest) -> Tuning:
+    found: Tuning = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(base: Path, tuning: Tuning, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have done all that `tiny_team.py` says."""
     made = tmp_path_factory.mktemp("team")
     environment = os.environ | {
@@ -40,7 +48,7 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    command = [sys.executable, *LAUNCH, "-m", "tests.trainer.tiny_team", str(base), str(made)]
+    command = [sys.executable, *LAUNCH, "-m", "tests.trainer.tiny_team", str(base), str(made), tuning]
     ended = subprocess.run(
         command, env=environment, timeout=SECONDS, check=False, capture_output=True, text=True
     )
@@ -56,7 +64,7 @@ def read(folder: Path, rank: int, run: str = "process") -> dict[str, Any]:
 @pytest.mark.usefixtures("_exact")
 @pytest.mark.parametrize("sampled_by", ["process", "fleet"])
 def test_two_processes_train_what_one_would_have_trained_on_the_same_rollouts(
-    sampled_by: str, base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sampled_by: str, base: Path, tuning: Tuning, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = read(folder, 0, sampled_by)
     rollouts = iter(together["rollouts"])
@@ -67,7 +75,7 @@ def test_two_processes_train_what_one_would_have_trained_on_the_same_rollouts(
         return found
 
     monkeypatch.setattr(Sampler, "sample", replay)
-    run = make_run(base, ALONE)
+    run = make_run(Origin(base, RANK, tuning=tuning), ALONE)
     before = run.roles.policy_state()
     outcome = ppo.train(run, tmp_path, lambda _: None)
     for alone, both in zip(outcome.iterations, together["iterations"], strict=True):
@@ -108,7 +116,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_policy(folder: Path) -> None
 
 def test_a_whole_cycle_publishes_one_policy_though_a_run_before_it_was_spoilt(folder: Path) -> None:
     [published] = policies_in(folder).glob("policy-*")
-    manifest = read_folder(NAME, published)
+    manifest = read_folder(NAME, published, merged=True)
     assert manifest.probe
     sampled: list[int] = torch.load(folder / "followed.pt")
     half = RECIPE.policy.rollouts // 2

@@ -9,15 +9,17 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from service.settings import Tuning
 from trainer import gate, preferences
 from trainer.guard import Guard
 from trainer.learning import Recipe, learn
-from trainer.models import Roles
+from trainer.models import Origin, Roles
 from trainer.ppo import PPOSettings
 from trainer.publish import Lineage, publish
 from trainer.reward_model import RewardSettings
 from trainer.snapshot import Feedback
 from trainer.team import ALONE, Team
+from trainer.whole import load_roles
 
 RANK = 4
 SEED = 1
@@ -97,7 +99,7 @@ def policies_in(folder: Path) -> Path:
     return folder / "policies"
 
 
-def run_trainer(base: Path, folder: Path, iterations: int) -> None:
+def run_trainer(base: Path, folder: Path, iterations: int, tuning: Tuning = "lora") -> None:
     """A process that may be killed: it goes on where the last one stopped, until a policy is published."""
     if (policies_in(folder) / NAME / "READY").exists():
         return
@@ -107,4 +109,4 @@ def run_trainer(base: Path, folder: Path, iterations: int) -> None:
     recipe = replace(RECIPE, policy=replace(RECIPE.policy, iterations=iterations))
     with pytest.MonkeyPatch.context() as patch:
         open_gate(patch)
-        learn_and_publish(Roles.load(base, RANK), folder, recipe)
+        learn_and_publish(load_roles(Origin(base, RANK, tuning=tuning)), folder, recipe)

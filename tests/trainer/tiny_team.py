@@ -4,22 +4,24 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
+from service.settings import Tuning
 from tests.trainer.tiny_cycle import RANK, learn_and_publish, open_gate
 from tests.trainer.tiny_ppo import SETTINGS as PPO_SETTINGS
 from tests.trainer.tiny_ppo import HalfFleet, start
 from trainer import followers, ppo, ppo_math
 from trainer.iterations import Iteration, NonFinite, Outcome
-from trainer.models import Roles
+from trainer.models import Origin
 from trainer.ppo import PPO
 from trainer.rollouts import Rollout, Sampler
 from trainer.team import Parted, Team
+from trainer.whole import LEARNING_RATE_TIMES_WIDTH, load_roles
 
 SETTINGS = replace(PPO_SETTINGS, iterations=4, rollouts=32, minibatch=16, microbatch=8, warmup=1)
 CUT_OFF_AFTER = 1
@@ -29,28 +31,31 @@ class Killed(Exception):
     pass
 
 
-def make_run(base: Path, team: Team) -> PPO:
+def make_run(origin: Origin, team: Team) -> PPO:
     torch.manual_seed(0)
-    return start(Roles.load(base, RANK), SETTINGS, team)
+    settings = SETTINGS
+    if origin.tuning == "full":
+        settings = replace(SETTINGS, learning_rate_times_width=LEARNING_RATE_TIMES_WIDTH)
+    return start(load_roles(origin), settings, team)
 
 
-def train_together(base: Path, folder: Path, team: Team) -> None:
+def train_together(origin: Origin, folder: Path, team: Team) -> None:
     """A whole run, and one that is cut off and taken up; each process writes down what it saw."""
     sampled, read = list[int](), list[list[Rollout]]()
     with pytest.MonkeyPatch.context() as patch:
         _count_sampled(patch, sampled)
         _keep_read(patch, read)
-        run = make_run(base, team)
+        run = make_run(origin, team)
         outcome = ppo.train(run, folder / "whole", lambda _: None)
-    run_again = _cut_off_and_take_up(base, folder / "cut", team)
+    run_again = _cut_off_and_take_up(origin, folder / "cut", team)
     seen = _seen(outcome, run, sampled, read) | {"policy_taken_up": run_again.roles.policy_state()}
     torch.save(seen, folder / f"process-{team.rank}.pt")
 
 
-def train_with_fleet(base: Path, folder: Path, team: Team) -> None:
+def train_with_fleet(origin: Origin, folder: Path, team: Team) -> None:
     """A run of which the leader asks a fleet for the replies, which answers every second one."""
     sampled, read = list[int](), list[list[Rollout]]()
-    run = make_run(base, team)
+    run = make_run(origin, team)
     run.fleet = HalfFleet() if team.leads else None
     with pytest.MonkeyPatch.context() as patch:
         _count_sampled(patch, sampled)
@@ -68,14 +73,14 @@ def _seen(outcome: Outcome, run: PPO, sampled: list[int], read: list[list[Rollou
     }
 
 
-def _cut_off_and_take_up(base: Path, checkpoints: Path, team: Team) -> PPO:
+def _cut_off_and_take_up(origin: Origin, checkpoints: Path, team: Team) -> PPO:
     def cut_off(iteration: Iteration) -> None:
         if iteration.number == CUT_OFF_AFTER:
             raise Killed
 
     with pytest.raises(Killed):
-        ppo.train(make_run(base, team), checkpoints, cut_off)
-    run = make_run(base, team)
+        ppo.train(make_run(origin, team), checkpoints, cut_off)
+    run = make_run(origin, team)
     ppo.train(run, checkpoints, lambda _: None)
     return run
 
@@ -100,20 +105,20 @@ def _keep_read(patch: pytest.MonkeyPatch, read: list[list[Rollout]]) -> None:
     patch.setattr(PPO, "_read", keeping)
 
 
-def lead(base: Path, folder: Path, team: Team) -> None:
+def lead(origin: Origin, folder: Path, team: Team) -> None:
     """A run that its follower spoils, a whole cycle, and a run that the leader leaves on its own."""
-    run = make_run(base, team)
+    run = make_run(origin, team)
     with pytest.raises(NonFinite, match="loss became nan"), followers.called_to(run):
         ppo.train(run, folder / "spoilt", lambda _: None)
     assert team.in_step
     with pytest.MonkeyPatch.context() as patch:
         open_gate(patch)
-        learn_and_publish(Roles.load(base, RANK), folder, team=team)
+        learn_and_publish(load_roles(origin), folder, team=team)
 
     def fail(_: Iteration) -> None:
         raise OSError("No space left on device")
 
-    run = make_run(base, team)
+    run = make_run(origin, team)
     with pytest.raises(OSError, match="No space"), followers.called_to(run):
         ppo.train(run, folder / "failed", fail)
     assert not team.in_step
@@ -137,17 +142,19 @@ def follow(folder: Path, team: Team) -> None:
 
 
 def main() -> None:
-    base, folder = map(Path, sys.argv[1:])
+    base, folder = map(Path, sys.argv[1:3])
+    origin = Origin(base, RANK, tuning=cast(Tuning, sys.argv[3]))
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     team = Team.join()
     with pytest.MonkeyPatch.context() as patch:
         # bfloat16 would hide differences
-        patch.setattr("trainer.models.compute_dtype", lambda _: torch.float32)
-        train_together(base, folder, team)
-        train_with_fleet(base, folder, team)
+        for module in ("models", "whole"):
+            patch.setattr(f"trainer.{module}.compute_dtype", lambda _: torch.float32)
+        train_together(origin, folder, team)
+        train_with_fleet(origin, folder, team)
         if team.leads:
-            lead(base, folder, team)
+            lead(origin, folder, team)
             dist.destroy_process_group()
         else:
             follow(folder, team)
