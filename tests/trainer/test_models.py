@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_model import FAMILIES, SPECIAL, make_family, read_logprobs
-from trainer.models import POLICY, REFERENCE, Batch, Roles
+from trainer.models import POLICY, REFERENCE, Batch, Roles, compute_dtype
 from trainer.publish import save_adapter
 from trainer.rollouts import Sampler
 
@@ -18,6 +18,24 @@ EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 TIED_OR_NOT = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 pytestmark = pytest.mark.usefixtures("_exact")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, torch.float32),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "Neoverse V1", "bf16": True}, torch.bfloat16),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, torch.float32),
+    ],
+    ids=["AVX-512 of AMD", "AVX-512 of Intel", "AMX", "ARM", "none"],
+)
+def test_a_cpu_computes_in_bfloat16_where_that_is_faster(
+    capabilities: dict[str, str | bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert compute_dtype.__wrapped__(torch.device("cpu")) is expected
 
 
 def load_trained(base: Path) -> Roles:
