@@ -218,7 +218,7 @@ def measure_kl(roles: Roles, rollouts: Sequence[Rollout], anchor: Roles | None =
     for start in range(0, len(ordered), 64):
         sequences = [(rollout.prompt_ids, rollout.reply_ids) for rollout in ordered[start : start + 64]]
         batch = roles.batch(sequences)
-        kl = kl_k3(roles.logprobs(batch), (anchor or roles).read(batch).logprobs)
+        kl = kl_k3(roles.logprobs(batch), (anchor or roles).logprobs(batch, role=REFERENCE))
         total += (kl * batch.reply_mask).sum().item()
     return total / len(rollouts)
 

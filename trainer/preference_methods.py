@@ -33,7 +33,7 @@ from trainer.iterations import (
     objection,
 )
 from trainer.measuring import measure
-from trainer.models import POLICY, Roles
+from trainer.models import POLICY, REFERENCE, Roles
 from trainer.ppo import PPOSettings
 from trainer.preferences import Pair
 from trainer.reward_model import Head
@@ -164,6 +164,7 @@ def _dpo_rows(roles: Roles, pairs: Sequence[Pair]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
+@torch.no_grad()
 def _reference_logprobs(
     roles: Roles, sequences: Sequence[tuple[list[int], list[int]]], batch_size: int = 64
 ) -> list[float]:
@@ -171,7 +172,7 @@ def _reference_logprobs(
     found: list[float] = []
     for start in range(0, len(sequences), batch_size):
         batch = roles.batch(sequences[start : start + batch_size])
-        found += roles.read(batch).logprobs.sum(1).tolist()
+        found += roles.logprobs(batch, role=REFERENCE).sum(1).tolist()
     return found
 
 

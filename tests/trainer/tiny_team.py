@@ -23,7 +23,7 @@ from trainer.rollouts import Rollout, Sampler
 from trainer.team import Parted, Team
 from trainer.whole import LEARNING_RATE_TIMES_WIDTH, load_roles
 
-SETTINGS = replace(PPO_SETTINGS, iterations=4, rollouts=32, minibatch=16, microbatch=8, warmup=1)
+SETTINGS = replace(PPO_SETTINGS, iterations=4, rollouts=32, epochs=3, minibatch=16, microbatch=8, warmup=1)
 CUT_OFF_AFTER = 1
 
 
