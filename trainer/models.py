@@ -80,7 +80,7 @@ class Reading:
 
 @cache
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device is faster with it, and else float32: a CPU without instructions for it takes two to three times as long.
+    """bfloat16 where the device is faster with it, and else float32: emulated, it takes a CPU two to three times as long.
 
     Intel's AVX-512 has an instruction, but multiplies matrices with it at 76 G/s where float32 has 130; its AMX is what is fast.
     """
