@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from tests.benchmarks.ppo_visit import Clock, Figures, Job, Memory, answer
+from trainer.consensus import Asked, Consensus
 from trainer.features import num_features
 from trainer.iterations import Iteration
 from trainer.models import Roles, compute_dtype
@@ -18,6 +19,10 @@ def work(job: Job) -> Figures:
     memory_of_process.keep_freed()  # as the trainer's process does
     torch.manual_seed(0)
     roles = Roles.load(job.base, job.rank)
+    # As if the anchor had been asked, which a cycle does once, before PPO: reading what replies have of it is PPO's.
+    roles.consensus = Consensus.of(
+        {tuple(ids): Asked("", [roles.decode(other) for other in job.prompts[:8]]) for ids in job.prompts}
+    )
     memory = Memory()
     settings = replace(
         PPOSettings(),
