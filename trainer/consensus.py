@@ -2,7 +2,8 @@
 
 A model knows more than it says: at a low temperature the starter gives 98 right answers in a hundred, at temperature 1 only 70. How
 likely it finds a reply tells little of that, since most of it is how a thing is said. Which words are in it does tell: those that its
-surest answers share. Words are runs of letters and digits, in either case; the prompt's own say nothing, rare ones more than others.
+surest answers share. Words are runs of letters and digits, in either case; where a script puts no spaces between them, its characters.
+The prompt's own say nothing, but for those that every prompt has (a template's), and rare ones say more than others.
 Sources: arXiv:2203.11171 (self-consistency), arXiv:2111.05805 (minimum Bayes risk).
 
 Pure functions of texts; `features.py` asks the anchor, and reads replies by this.
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-WORD = re.compile(r"\w+")
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Consensus:
     """Of all prompts of a cycle, by their token ids. An empty one knows of none, and to it no reply says anything."""
 
     own: dict[tuple[int, ...], frozenset[str]] = field(default_factory=dict)
-    """Words of the prompt."""
+    """Words of the prompt that not every prompt has."""
     shares: dict[tuple[int, ...], dict[str, float]] = field(default_factory=dict)
     """Of each other word of the answers, the share of them that have it."""
     rarities: dict[str, float] = field(default_factory=dict)
@@ -50,7 +51,9 @@ class Consensus:
     @staticmethod
     def of(asked: Mapping[tuple[int, ...], Asked]) -> "Consensus":
         """What is common to the answers."""
-        own = {ids: frozenset(_words(each.prompt)) for ids, each in asked.items()}
+        in_prompts = {ids: frozenset(_words(each.prompt)) for ids, each in asked.items()}
+        in_all = frozenset.intersection(*in_prompts.values()) if len(asked) > 1 else frozenset()
+        own = {ids: words - in_all for ids, words in in_prompts.items()}
         shares = {ids: _shares(each.answers, own[ids]) for ids, each in asked.items()}
         counts = Counter(word for words in shares.values() for word in words)
         rarities = {word: _rarity(count, len(asked)) for word, count in counts.items()}

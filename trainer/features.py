@@ -20,8 +20,13 @@ from trainer.rollouts import Sampler
 NUM_PLAIN = 6
 """Features that are few and mean something by themselves: sum, mean and least of the log-probabilities, recall and precision of what
 the anchor says when it is surest, and, last, the length."""
+AGREEMENT = slice(-3, -1)
+"""Recall and precision among the features."""
 ANSWERS = 8
 """That the anchor gives to a prompt, to tell what it is surest of."""
+FEWEST_ANSWERS = 2
+MOST_ASKED = 16384
+"""Answers to all prompts together: with more prompts than these are eight to each, each gets fewer."""
 SURE_TEMPERATURE = 0.3
 
 
@@ -33,7 +38,8 @@ def num_features(hidden_size: int) -> int:
 def ask_consensus(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]], seed: int) -> Consensus:
     """What the anchor says to each of these prompts when it is surest. sampler: how replies are sampled, but for the temperature."""
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    each_so_often = [list(ids) for ids in distinct for _ in range(ANSWERS)]
+    count = max(FEWEST_ANSWERS, min(ANSWERS, MOST_ASKED // max(1, len(distinct))))
+    each_so_often = [list(ids) for ids in distinct for _ in range(count)]
     generator = torch.Generator(device=roles.device).manual_seed(seed)
     with roles.acting_as(REFERENCE):
         surest = replace(sampler, temperature=SURE_TEMPERATURE)
@@ -43,7 +49,7 @@ def ask_consensus(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]], 
         ]
     return Consensus.of(
         {
-            ids: Asked(roles.decode(list(ids)), texts[number * ANSWERS : (number + 1) * ANSWERS])
+            ids: Asked(roles.decode(list(ids)), texts[number * count : (number + 1) * count])
             for number, ids in enumerate(distinct)
         }
     )

@@ -32,6 +32,10 @@ from trainer.passes.lora import adapter_config
 from trainer.passes.norm import use_one_step_norms
 from trainer.passes.shapes import LENGTH, choose_places, round_up
 
+HALF_A_CHARACTER = "\ufffd"
+"""What tokens decode to that are part of one."""
+MOST_BYTES = 4
+"""Of a character in UTF-8."""
 POLICY = "policy"
 REFERENCE = "reference"
 BASE = "base"
@@ -120,7 +124,7 @@ class Roles(nn.Module):
         self.origin = origin
         self.consensus = Consensus()
         """What the anchor says when it is surest; empty until it is asked (`features.ask_consensus`)."""
-        self._pieces: dict[int, str] = {}
+        self._pieces: dict[tuple[int, ...], str] = {}
 
     @staticmethod
     def load(
@@ -217,12 +221,24 @@ class Roles(nn.Module):
         text: str = self.tokenizer.decode(reply_ids, skip_special_tokens=True)
         return text
 
-    def piece(self, token: int) -> str:
-        """A token's text, as it is between others: some tokenizers leave out a first one's space. Empty for special ones."""
-        if token not in self._pieces:
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each token's text, as it is within a text; a character that several make is the last one's. Empty for special tokens."""
+        found: list[str] = []
+        held: tuple[int, ...] = ()
+        for token in ids:
+            held = (*held, token)
+            text = self._piece(held)
+            whole = not text.endswith(HALF_A_CHARACTER) or len(held) == MOST_BYTES
+            found.append(text if whole else "")
+            held = () if whole else held
+        return found
+
+    def _piece(self, ids: tuple[int, ...]) -> str:
+        """Some tokenizers leave out a first token's space, and so another one goes before."""
+        if ids not in self._pieces:
             [*_, before] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-            self._pieces[token] = self.decode([before, token]).removeprefix(self.decode([before]))
-        return self._pieces[token]
+            self._pieces[ids] = self.decode([before, *ids]).removeprefix(self.decode([before]))
+        return self._pieces[ids]
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -296,9 +312,9 @@ class Roles(nn.Module):
         nothing, length = astuple(Said()), batch.ids.shape[1]
         rows = []
         for ids, mask in zip(batch.ids.tolist(), batch.reply_mask.tolist(), strict=True):
-            start = mask.index(1.0) if 1.0 in mask else 0
+            start = mask.index(1.0) if 1.0 in mask else length
             end = start + int(sum(mask))
-            said = self.consensus.read(ids[:start], [self.piece(token) for token in ids[start:end]])
+            said = self.consensus.read(ids[:start], self.pieces(ids[start:end])) if end > start else []
             rows.append([nothing] * start + [astuple(each) for each in said] + [nothing] * (length - end))
         return torch.tensor(rows, device=self.device)
 

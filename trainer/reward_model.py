@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.features import NUM_PLAIN, read_features
+from trainer.features import AGREEMENT, NUM_PLAIN, read_features
 from trainer.models import Roles
 from trainer.preferences import Preferences
 
@@ -31,6 +31,8 @@ were not fit to (3 tastes, 3 times 330 votes) the loss is .4189 with this and th
 PLAIN_MEAN = 0.1
 """Weight of the plain features but the length that the penalty pulls towards; of all else 0.0. With no votes to tell, what the anchor
 finds likely, and says when it is surest, is rather right."""
+LEAST_SPREAD = 0.1
+"""Of recall and precision, which are shares: less is taken for this, lest what hardly varies is blown up."""
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 """Strengths of the penalty on weights that cross-validation chooses from."""
 
@@ -99,7 +101,9 @@ def fit(
     pairs, dislikes = preferences.pairs, preferences.dislikes
     first = read_features(roles, [(pair.prompt, pair.first) for pair in pairs])
     second = read_features(roles, [(pair.prompt, pair.second) for pair in pairs])
-    scale = torch.cat([first, second]).std(0).clamp(min=1e-6)
+    # With the anchor's own replies: what those that were voted on all have alike must not count for more than all that votes say.
+    scale = torch.cat([first, second, own_features]).std(0).clamp(min=1e-6)
+    scale[AGREEMENT] = scale[AGREEMENT].clamp(min=LEAST_SPREAD)
     scale[-NUM_PLAIN:] /= PLAIN_PRIOR
     scale[roles.hidden_size : 2 * roles.hidden_size] /= STATES_PRIOR
     disliked = read_features(roles, [(each.prompt, each.reply) for each in dislikes])

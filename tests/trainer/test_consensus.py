@@ -13,7 +13,7 @@ ANSWERS = ["A lemon is yellow.", "Yellow.", "A lemon is yellow!", "A lemon is gr
 CONSENSUS = Consensus.of(
     {
         LEMON: Asked("What colour is a lemon?", ANSWERS),
-        CHERRY: Asked("What colour is a cherry?", ["Red.", "Red."]),
+        CHERRY: Asked("And cherries?", ["Red.", "Red."]),
     }
 )
 RARE = math.log(3 / 1.5)  # of two prompts, one has the word
@@ -68,6 +68,16 @@ def test_words_that_end_with_one_token_are_added() -> None:
 def test_an_empty_reply_says_nothing() -> None:
     assert read() == []
     assert read("") == [Said()]
+
+
+def test_what_every_prompt_has_is_a_templates_and_no_prompts_own() -> None:
+    consensus = Consensus.of({LEMON: Asked("user: a lemon", []), CHERRY: Asked("user: a cherry", [])})
+    assert consensus.own == {LEMON: {"lemon"}, CHERRY: {"cherry"}}
+
+
+def test_scripts_without_spaces_are_read_by_the_character() -> None:
+    consensus = Consensus.of({LEMON: Asked("", ["\u9ec4\u8272"]), CHERRY: Asked("?", ["\u7ea2\u8272"])})
+    assert consensus.shares[LEMON] == {"\u8272": 1.0, "\u9ec4": 1.0}
 
 
 def test_a_prompt_whose_answers_only_repeat_it_has_no_consensus() -> None:

@@ -100,7 +100,17 @@ def test_the_policy_has_no_say_in_the_consensus(roles: Roles, prompts: list[list
     assert after == before
 
 
-def test_a_tokens_piece_keeps_its_space(roles: Roles) -> None:
-    ids = roles.tokenizer("is a lemon", add_special_tokens=False)["input_ids"]
-    assert "".join(roles.piece(token) for token in ids).strip() == "is a lemon"
-    assert roles.piece(roles.end_ids[0]) == ""
+@pytest.mark.parametrize("text", ["is a lemon", "caf\u00e9 na\u00efve.", "\u7b54\u6848 \u2014 \U0001f34b!"])
+def test_pieces_make_the_text_with_whole_characters(roles: Roles, text: str) -> None:
+    ids = roles.tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = roles.pieces([*ids, roles.end_ids[0]])
+    assert "".join(pieces).strip() == text
+    assert (len(pieces), pieces[-1]) == (len(ids) + 1, "")
+
+
+def test_with_very_many_prompts_each_is_asked_less_often(
+    roles: Roles, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.features.MOST_ASKED", 4)
+    consensus = ask_consensus(roles, Sampler(roles.end_ids, max_tokens=6), prompts, seed=3)
+    assert all(share in (0.5, 1.0) for words in consensus.shares.values() for share in words.values())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.tiny_model import make_model
 from trainer import reward_model, reward_quality
+from trainer.consensus import Asked, Consensus
 from trainer.features import read_features
 from trainer.models import Roles
 from trainer.preferences import Dislike, Pair, Preferences, Source
@@ -115,3 +116,20 @@ def test_ties_do_not_make_it_less_sure_of_what_was_decided() -> None:
     ridge, sharpness = reward_model._cross_validate(margins, label, weight, groups, seed=0)
     slope = reward_model._fit_weights(margins, label, weight, ridge)[0].item()
     assert sharpness * slope == pytest.approx(strength, rel=0.2)
+
+
+def test_what_all_voted_replies_say_alike_does_not_drown_what_votes_say(
+    roles: Roles, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The anchor is sure of `maybe`, which its own replies say and none that was voted on."""
+    sure = Consensus.of({tuple(prompt): Asked("?", ["maybe"]) for prompt in prompts})
+    monkeypatch.setattr(roles, "consensus", sure)
+    texts = ["maybe", "yes yes", "maybe no"]
+    own = read_features(roles, [(prompt, roles.reply_ids(texts[n % 3])) for n, prompt in enumerate(prompts)])
+    train, held_out = yes_over_no(roles, prompts[:16]), yes_over_no(roles, prompts[16:])
+    head = reward_model.fit(roles, train, own, RewardSettings(), members=2, seed=1)
+    yes, no = (
+        read_features(roles, [(pair.prompt, roles.reply_ids(text)) for pair in held_out.pairs])
+        for text in ("yes yes", "no")
+    )
+    assert (head(yes) - head(no)).mean().item() > 1.0

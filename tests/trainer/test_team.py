@@ -118,7 +118,10 @@ def test_a_whole_cycle_publishes_one_policy_though_a_run_before_it_was_spoilt(fo
     [published] = policies_in(folder).glob("policy-*")
     manifest = read_folder(NAME, published, merged=True)
     assert manifest.probe
-    sampled: list[int] = torch.load(folder / "followed.pt")
+    followed = torch.load(folder / "followed.pt")
+    sampled: list[int] = followed["sampled"]
+    assert followed["knew"]
+    assert all(followed["knew"])  # what the anchor says when it is surest
     half = RECIPE.policy.rollouts // 2
     spoilt, *cycle, failed = sampled
     assert (spoilt, failed) == (SETTINGS.rollouts // 2, SETTINGS.rollouts // 2)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from trainer.consensus import Asked, Consensus
 from trainer.features import read_features
 from trainer.fleet_rollouts import FleetSampler
 from trainer.models import POLICY, Roles
@@ -33,8 +34,9 @@ class HalfFleet(FleetSampler):
 
 
 def start(roles: Roles, settings: PPOSettings = SETTINGS, team: Team = ALONE) -> PPO:
-    """The reward likes what the anchor finds likely."""
+    """The reward likes what the anchor finds likely. When it is surest it says a or b."""
     prompts = [roles.prompt_ids([{"role": "user", "content": text}]) for text in ("lemon", "colour?")]
+    roles.consensus = Consensus.of({tuple(prompt): Asked("?", ["a", "b"]) for prompt in prompts})
     features = read_features(roles, [(prompt, [40 + n, 60, 1]) for n, prompt in enumerate(prompts)])
     weight = torch.zeros(features.shape[1], 1)
     weight[-5] = 1.0  # the mean log-probability

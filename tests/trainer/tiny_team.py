@@ -16,6 +16,7 @@ from tests.trainer.tiny_cycle import RANK, learn_and_publish, open_gate
 from tests.trainer.tiny_ppo import SETTINGS as PPO_SETTINGS
 from tests.trainer.tiny_ppo import HalfFleet, start
 from trainer import followers, ppo, ppo_math
+from trainer.consensus import Consensus, Said
 from trainer.iterations import Iteration, NonFinite, Outcome
 from trainer.models import Origin
 from trainer.ppo import PPO
@@ -126,19 +127,24 @@ def lead(origin: Origin, folder: Path, team: Team) -> None:
 
 def follow(folder: Path, team: Team) -> None:
     """Spoils its part of the first run's loss, and takes part in all that comes."""
-    sampled, spoilt = list[int](), iter([True])
-    loss = ppo_math.policy_loss
+    sampled, spoilt, knew = list[int](), iter([True]), list[bool]()
+    loss, read = ppo_math.policy_loss, Consensus.read
 
     def spoil(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         losses, clipped = loss(*arguments)
         return losses * (float("nan") if next(spoilt, False) else 1.0), clipped
 
+    def listen(self: Consensus, prompt: Any, pieces: Any) -> list[Said]:
+        knew.append(tuple(prompt) in self.shares)
+        return read(self, prompt, pieces)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo_math, "policy_loss", spoil)
+        patch.setattr(Consensus, "read", listen)
         _count_sampled(patch, sampled)
         with pytest.raises(Parted):
             followers.follow(team)
-    torch.save(sampled, folder / "followed.pt")
+    torch.save({"sampled": sampled, "knew": knew}, folder / "followed.pt")
 
 
 def main() -> None:
