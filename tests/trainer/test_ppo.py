@@ -156,7 +156,7 @@ def test_the_loss_is_weighted_by_how_much_likelier_the_policy_finds_a_token_than
 
     monkeypatch.setattr(Team, "sum_gradients", keep)
     run = start(roles)
-    [part, *_] = run._read(run._sample([[5, 6, number] for number in range(7, 15)]))
+    [part, *_] = run._read(run._sample([*run.prompts] * 4))
     part.advantages = part.old.sin() * part.mask
     run.optimizer.param_groups[0]["lr"] = 0.0
     for sampled in (part.old, part.old - math.log(times)):
