@@ -98,11 +98,11 @@ def gaps(logprobs: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
 
 
 def adapt_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
-    """The coefficient for the next iteration: up by up to 30 % where KL is above its target, down by up to 10 % where below.
+    """The coefficient for the next iteration: up to twice itself where KL is above its target, down by up to 10 % where below.
 
     Slow to loosen, quick to tighten: KL answers a step late, and an overshoot is dear.
 
     Source: arXiv:1909.08593, section 2.2 (a proportional controller in log space).
     """
-    error = max(-0.1, min(0.3, kl / target - 1.0))
+    error = max(-0.1, min(1.0, kl / target - 1.0))
     return coefficient * (1.0 + error)
