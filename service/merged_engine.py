@@ -58,8 +58,8 @@ class MergedEngine(VllmEngine):
             self._version = None  # it may be another one when it answers again
             raise
         if self._version is None:
-            found: _Weights = await self._call("GET", "/weight_info", wanted=_Weights)
-            self._version = found.weight_version
+            weights: _Weights = await self._call("GET", "/weight_info", wanted=_Weights)
+            self._version = weights.weight_version
         held = {AS_STARTED: {BASE}, BETWEEN: set()}.get(self._version, {self._version})
         return Models(frozenset(held), found.context_tokens)
 
