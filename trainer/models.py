@@ -34,7 +34,7 @@ from trainer.passes.shapes import LENGTH, choose_places, round_up
 
 POLICY = "policy"
 REFERENCE = "reference"
-BASE = "base"
+BASE_MODEL = "base"
 """What every policy began as, whatever the anchor is."""
 ANCHOR = "anchor"
 """Name of the anchor's adapter, where it has one."""
@@ -262,7 +262,7 @@ class Roles(nn.Module):
     def _switched_to(self, role: str) -> AbstractContextManager[None]:
         if role == POLICY:
             return nullcontext()
-        if role == BASE or self.origin.anchor is None:
+        if role == BASE_MODEL or self.origin.anchor is None:
             without_adapter: AbstractContextManager[None] = self.model.disable_adapter()
             return without_adapter
         return self._switched_to_anchor()

@@ -24,6 +24,7 @@ def roles(tmp_path: Path) -> Roles:
     return Roles.load(make_model(tmp_path), rank=4)
 
 
+@pytest.mark.usefixtures("_in_bfloat16")
 def test_unchanged_weights_have_a_ratio_of_exactly_one(roles: Roles) -> None:
     batch = Batch.collate([([5, 6], [7, 8, 1]), ([5], [9, 1])], roles.pad_id, roles.device)
     with torch.no_grad():
