@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 import aiohttp
 import msgspec
@@ -84,6 +84,36 @@ class Completion:
     """With the one that ended it."""
     logprobs: list[float]
     """Nats, of each token."""
+
+
+Choice = TypeVar("Choice")
+
+
+class _Card(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+    """Of the base alone."""
+
+
+class _Cards(msgspec.Struct):
+    data: Annotated[list[_Card], msgspec.Meta(min_length=1)]
+
+
+class _Logprobs(msgspec.Struct):
+    token_logprobs: Annotated[list[float], msgspec.Meta(min_length=1)]
+
+
+class _Scored(msgspec.Struct):
+    logprobs: _Logprobs
+
+
+class _Drawn(_Scored):
+    finish_reason: str
+    token_ids: list[int]
+
+
+class _Completions(msgspec.Struct, Generic[Choice]):
+    choices: Annotated[list[Choice], msgspec.Meta(min_length=1)]
 
 
 class Engine(Protocol):
@@ -217,10 +247,10 @@ class VllmEngine:
             _end(content, EngineGone("The engine stopped answering. Try again."))
 
     async def models(self) -> Models:
-        cards = (await self._call("GET", "/v1/models"))["data"]
+        found: _Cards = await self._call("GET", "/v1/models", wanted=_Cards)
         return Models(
-            names=frozenset(card["id"] for card in cards),
-            context_tokens=max(card.get("max_model_len") or 0 for card in cards),
+            names=frozenset(card.id for card in found.data),
+            context_tokens=max(card.max_model_len or 0 for card in found.data),
         )
 
     async def complete_one(self, policy: str) -> None:
@@ -249,8 +279,9 @@ class VllmEngine:
             "temperature": 1.0,
             "cache_salt": policy,
         }
-        answer = await self._call("POST", "/v1/completions", body, TOKEN_SECONDS)
-        return float(answer["choices"][0]["logprobs"]["token_logprobs"][0])
+        wanted = _Completions[_Scored]
+        found: _Scored = (await self._call("POST", "/v1/completions", body, TOKEN_SECONDS, wanted)).choices[0]
+        return found.logprobs.token_logprobs[0]
 
     async def complete(
         self, policy: str, prompt: list[int], *, max_tokens: int, end_ids: Sequence[int], priority: int
@@ -260,6 +291,10 @@ class VllmEngine:
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": 1.0,  # what vLLM reports are log-probabilities at 1, whatever it draws at
+            "top_p": 1.0,  # else these four may be what a model's own configuration says
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
             "logprobs": 0,
             "return_token_ids": True,
             "ignore_eos": True,  # these tokens end a reply, and no others
@@ -267,11 +302,18 @@ class VllmEngine:
             "priority": priority,
             "cache_salt": policy,
         }
-        answer = await self._call("POST", "/v1/completions", body, COMPLETION_SECONDS)
-        choice = answer["choices"][0]
-        if choice["finish_reason"] not in FINISHED:
+        wanted = _Completions[_Drawn]
+        found: _Drawn = (
+            await self._call("POST", "/v1/completions", body, COMPLETION_SECONDS, wanted)
+        ).choices[0]
+        token_ids, logprobs = found.token_ids, found.logprobs.token_logprobs
+        if found.finish_reason not in FINISHED:
             raise EngineUnavailable("The engine stopped before the answer was whole. Try again.")
-        return Completion(choice["token_ids"], choice["logprobs"]["token_logprobs"])
+        if len(token_ids) != len(logprobs):
+            raise EngineUnavailable(
+                f"The engine gave {len(token_ids)} tokens, and log-probabilities of {len(logprobs)}."
+            )
+        return Completion(token_ids, logprobs)
 
     async def metrics(self) -> str:
         status, answer = await self._send("GET", "/metrics", None, CONTROL_SECONDS)
@@ -284,12 +326,23 @@ class VllmEngine:
         return policy
 
     async def _call(
-        self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = CONTROL_SECONDS
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        seconds: float = CONTROL_SECONDS,
+        wanted: Any = Any,
     ) -> Any:
+        """The answer, as the type that is wanted. Raises EngineUnavailable where it is none: another release's, or a proxy's."""
         status, answer = await self._send(method, path, body, seconds)
         if status != HTTPStatus.OK:
             raise EngineUnavailable(f"The engine answered {status} to {path}: {_message_of(answer)}")
-        return json.loads(answer)
+        try:
+            return msgspec.json.decode(answer, type=wanted)
+        except msgspec.DecodeError as error:
+            raise EngineUnavailable(
+                f"The engine's answer to {path} is not what vLLM answers: {error}"
+            ) from error
 
     async def _send(
         self, method: str, path: str, body: dict[str, Any] | None, seconds: float
@@ -297,7 +350,7 @@ class VllmEngine:
         timeout = aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_SECONDS)
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-                return response.status, await response.text()
+                return response.status, await response.text(errors="replace")
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise gone(error) from error
 

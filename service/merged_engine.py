@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 
 import aiohttp
+import msgspec
 
 from service.engine import LOAD_SECONDS, Message, Models, Sampling, VllmEngine
 from service.errors import EngineUnavailable, PolicyRefused
@@ -19,6 +20,10 @@ AS_STARTED = "default"
 """vLLM's version of the weights that it started with."""
 BETWEEN = "between"
 """Ours, while they are being exchanged, and where that failed."""
+
+
+class _Weights(msgspec.Struct):
+    weight_version: str
 
 
 class MergedEngine(VllmEngine):
@@ -53,7 +58,8 @@ class MergedEngine(VllmEngine):
             self._version = None  # it may be another one when it answers again
             raise
         if self._version is None:
-            self._version = (await self._call("GET", "/weight_info"))["weight_version"]
+            weights: _Weights = await self._call("GET", "/weight_info", wanted=_Weights)
+            self._version = weights.weight_version
         held = {AS_STARTED: {BASE}, BETWEEN: set()}.get(self._version, {self._version})
         return Models(frozenset(held), found.context_tokens)
 

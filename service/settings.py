@@ -180,6 +180,18 @@ class Settings(BaseSettings):
             )
         return tuning
 
+    @field_validator("tuning")
+    @classmethod
+    def _can_be_trained(cls, tuning: Tuning, others: ValidationInfo) -> Tuning:
+        method = others.data.get("method")
+        if tuning == "full" and method in ("dpo", "orpo"):
+            raise PydanticCustomError(
+                "method",
+                "full is for RATCHET_METHOD=ppo, and {method} trains adapters alone: set ppo, or lora here",
+                {"method": method},
+            )
+        return tuning
+
     @property
     def replica_urls(self) -> tuple[str, ...]:
         """The replicas to begin with: those that are named, else the one that `ratchet up` starts."""

@@ -36,6 +36,8 @@ from trainer.team import ALONE, Team
 
 SWAP_SECONDS = 300.0
 """How long the service may take to verify a policy."""
+RECENT_PROMPTS = 1000
+"""The newest rows, of which the latest tells when a user last asked. (An import's have the time that the file gives them.)"""
 
 
 class CycleEnded(Exception):
@@ -247,10 +249,12 @@ def _fleet_sampler(run: Run) -> FleetSampler | None:
         return [url for url, state in wanted.items() if state == "serving"]
 
     def idle_seconds() -> float:
-        since = func.extract("epoch", func.clock_timestamp() - Prompt.created_at)
+        now = func.clock_timestamp()
+        newest = select(Prompt.created_at).where(Prompt.created_at <= now).order_by(Prompt.id.desc())
+        latest = func.max(newest.limit(RECENT_PROMPTS).subquery().c.created_at)
         with run.sessions() as session:
-            newest = session.scalar(select(since).order_by(Prompt.id.desc()).limit(1))
-        return math.inf if newest is None else float(newest)
+            seconds = session.scalar(select(func.extract("epoch", now - latest)))
+        return math.inf if seconds is None else float(seconds)
 
     return FleetSampler(addresses, idle_seconds, run.folder, run.say)
 

@@ -37,6 +37,8 @@ QUIET_SECONDS = 30.0
 """There are users until nobody has asked for so long: a reply takes a while, and so does reading it."""
 LOOK_SECONDS = 0.5
 """How often it is asked whether there are users."""
+PREPARE_SECONDS = 30.0
+"""For a replica to load the adapter and give a token by it, while the others wait; one that takes longer is left out."""
 PATIENCE_SECONDS = 300.0
 """For an iteration: what has not come by then the trainer samples, however many users there are."""
 
@@ -66,8 +68,8 @@ class FleetSampler:
     def sample(self, roles: Roles, prompts: Sequence[list[int]], sampler: Sampler) -> list[Rollout | None]:
         """One reply of the policy to each prompt, in the order given; None where no replica gave one."""
         assert (sampler.temperature, sampler.min_p) == (1.0, 0.0)  # of which engines tell log-probabilities
-        for left in self._folder.glob(f"{PREFIX}*"):
-            shutil.rmtree(left)
+        for leftover in self._folder.glob(f"{PREFIX}*"):
+            shutil.rmtree(leftover)
         name = f"{PREFIX}{self._folder.name}-{secrets.token_hex(8)}"
         adapter = self._folder.resolve() / name
         try:
@@ -112,15 +114,18 @@ class _Replica:
     async def prepare(self, name: str, adapter: Path) -> None:
         """Loads the adapter, and forgets what a run that was killed has left."""
         try:
-            models = await self.engine.models()
-            for left in sorted(models.names):
-                if left.startswith(PREFIX):
-                    await self.engine.unload(left)
-            await self.engine.load(name, str(adapter))
-            await self.engine.complete_one(name)
+            async with asyncio.timeout(PREPARE_SECONDS):
+                models = await self.engine.models()
+                for leftover in sorted(models.names):
+                    if leftover.startswith(PREFIX):
+                        await self.engine.unload(leftover)
+                await self.engine.load(name, str(adapter))
+                await self.engine.complete_one(name)
             self.context_tokens = models.context_tokens
         except (EngineUnavailable, PolicyRefused) as error:
             self.failure = error.message
+        except TimeoutError:
+            self.failure = f"It was not ready within {PREPARE_SECONDS:.0f} s."
 
     async def unload(self, name: str) -> None:
         with suppress(EngineUnavailable):
@@ -143,12 +148,12 @@ class _Round:
         """Or failed: somebody's turn may have come."""
 
     async def ask(self, prompts: Sequence[list[int]]) -> list[Rollout | None]:
-        """As `FleetSampler.sample`. What is still under way when patience ends is aborted."""
+        """As `FleetSampler.sample`. What is still under way when patience ends is aborted. An error of our own ends it at once."""
         if not prompts:
             return []
         tasks = [asyncio.create_task(self._reply(prompt)) for prompt in prompts]
         try:
-            done, _ = await asyncio.wait(tasks, timeout=PATIENCE_SECONDS)
+            done, _ = await asyncio.wait(tasks, timeout=PATIENCE_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             for task in tasks:
                 task.cancel()
@@ -183,8 +188,8 @@ class _Round:
         """With the replica that is asked least now; waits for it. None where none is left, or none has such a context."""
 
         def least_asked() -> _Replica | None:
-            left = [each for each in self._replicas if not each.failure and each.context_tokens >= num_tokens]
-            return min(left, key=lambda each: each.running, default=None)
+            able = [each for each in self._replicas if not each.failure and each.context_tokens >= num_tokens]
+            return min(able, key=lambda each: each.running, default=None)
 
         async with self._answered:
             while (chosen := least_asked()) is not None and chosen.running >= self._most_now():

@@ -38,7 +38,7 @@ MOST_BYTES = 4
 """Of a character in UTF-8."""
 POLICY = "policy"
 REFERENCE = "reference"
-BASE = "base"
+BASE_MODEL = "base"
 """What every policy began as, whatever the anchor is."""
 ANCHOR = "anchor"
 """Name of the anchor's adapter, where it has one."""
@@ -278,7 +278,7 @@ class Roles(nn.Module):
     def _switched_to(self, role: str) -> AbstractContextManager[None]:
         if role == POLICY:
             return nullcontext()
-        if role == BASE or self.origin.anchor is None:
+        if role == BASE_MODEL or self.origin.anchor is None:
             without_adapter: AbstractContextManager[None] = self.model.disable_adapter()
             return without_adapter
         return self._switched_to_anchor()

@@ -8,14 +8,15 @@ Several processes (`team.py`) may share a run: each samples and reads its part o
 one over all of them, so that losses and policy are those of one process on the same rollouts.
 
 Whoever samples, here or in an engine, rounds otherwise than the pass that trains, and an engine may hold weights that it should not.
-The gap between their log-probabilities is measured in every iteration, corrected by importance weights, and past a bound ends the run.
+The gap between their log-probabilities is measured in every iteration and corrected by importance weights; where engines sampled, one
+past a bound ends the run.
 
 Legend: B sequences, L tokens of prompt and reply, N rollouts of an iteration, K heads of the ensemble.
 """
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -81,8 +82,8 @@ class PPOSettings:
     most_weight: float = 2.0
     """Largest importance weight of a token, which corrects for the gap between sampler and trainer."""
     most_gap: float = 0.1
-    """Largest mean gap between sampler and trainer, in nats per token. In bfloat16 right weights are off by .001 to .006 (a random
-    model's by up to .05), those of two iterations before by more than this once the learning rate is up."""
+    """Largest mean gap between sampler and trainer, in nats per token, where engines sampled. In bfloat16 right weights are off by
+    .001 to .006 (a random model's by up to .05), those of two iterations before by more than this once the learning rate is up."""
     discount: float = 1.0
     trace: float = 0.95
     """lambda of generalised advantage estimation."""
@@ -185,7 +186,8 @@ class PPO:
 
         # 1. sample replies from the current policy
         prompts = self.rng.choices(self.prompts, k=settings.rollouts)
-        rollouts = self._sample(prompts)
+        answered = self._ask_fleet(prompts)
+        rollouts = self._sample_missing(prompts, answered)
 
         # 2. read them: log-probabilities by policy and anchor, values, scores by ensemble and judge
         microbatches = self._read(rollouts)
@@ -199,7 +201,7 @@ class PPO:
                 rewards, part.values, part.mask, settings.discount, settings.trace
             )
         measured = self._measure(number, microbatches)
-        if measured["gap"] > settings.most_gap:
+        if any(answered) and measured["gap"] > settings.most_gap:  # what is sampled here cannot be stale
             raise GapTooWide(
                 f"Sampler and trainer differ by {measured['gap']:.3f} nats a token, and {settings.most_gap:g} are allowed: "
                 "the replies were not drawn from the policy that is trained."
@@ -227,15 +229,21 @@ class PPO:
             **measured,
         )
 
-    def _sample(self, prompts: Sequence[list[int]]) -> list[Rollout]:
-        """A reply to each prompt, in their order: by the fleet, where there is one; what is missing by all processes here."""
-        found: list[Rollout | None] = [None] * len(prompts)
+    def _ask_fleet(self, prompts: Sequence[list[int]]) -> list[Rollout | None]:
+        """The fleet's replies, the same on all processes; None where it gave none, as where there is no fleet."""
+        answered: list[Rollout | None] = [None] * len(prompts)
         if self.fleet is not None:
-            found = self.fleet.sample(self.roles, prompts, self.sampler)
-        found = self.team.tell(found)
-        missing = [prompt for prompt, rollout in zip(prompts, found, strict=True) if rollout is None]
+            answered = self.fleet.sample(self.roles, prompts, self.sampler)
+        told: list[Rollout | None] = self.team.tell(answered)
+        return told
+
+    def _sample_missing(
+        self, prompts: Sequence[list[int]], answered: Sequence[Rollout | None]
+    ) -> list[Rollout]:
+        """A reply to each prompt, in their order: what the fleet did not answer is sampled by all processes here."""
+        missing = [prompt for prompt, rollout in zip(prompts, answered, strict=True) if rollout is None]
         replies = iter(self._sample_here(missing) if missing else [])
-        return [rollout or next(replies) for rollout in found]
+        return [rollout or next(replies) for rollout in answered]
 
     def _sample_here(self, prompts: Sequence[list[int]]) -> list[Rollout]:
         with self.roles.acting_as(POLICY):
@@ -256,15 +264,18 @@ class PPO:
         fall = (1 - settings.last_learning_rate) * number / settings.iterations
         return self.learning_rate * min(1.0, number / settings.warmup) * (1 - fall)
 
-    def state(self) -> dict[str, Any]:
-        """All that the next iteration depends on. To be called by all processes at once."""
-        generators = self.team.join_rows(self.generator.get_state()[None])
+    def join_generators(self) -> Tensor:
+        """[processes, bytes] of all of them, which have to call this at once."""
+        return self.team.join_rows(self.generator.get_state()[None])
+
+    def state(self, generators: Tensor) -> dict[str, Any]:
+        """All that the next iteration depends on. generators: of `join_generators`."""
         return {
             "policy": self.roles.policy_state(),
             "optimizer": self.optimizer.state_dict(),
             "value": self.value.state(),
             "kl_coefficient": self.kl_coefficient,
-            "generator": generators,  # [processes, bytes]
+            "generator": generators,
             "rng": self.rng.getstate(),
         }
 
@@ -459,26 +470,44 @@ def train(
             save(ppo.roles.policy_state(), checkpoint_path(checkpoints, number))
         watched = guarded(guard, number)
         iterations.append(replace(ppo.iterate(number), guard=watched))
-        state = ppo.state() | {"iterations": [asdict(iteration) for iteration in iterations]}
-        if leads:
-            save(state, checkpoints / UNDER_WAY)
-            if ppo.roles.origin.tuning == "full":  # adapters are small, and stay for whoever looks
-                prune(checkpoints, choose_kept(iterations))
+        _save_under_way(ppo, iterations, checkpoints)
+        if leads and ppo.roles.origin.tuning == "full":  # adapters are small, and stay for whoever looks
+            prune(checkpoints, choose_kept(iterations))
         on_iteration(iterations[-1])
     return Outcome(iterations, choose_kept(iterations), objection(iterations) or ALL_DONE)
 
 
+def _save_under_way(ppo: PPO, iterations: Sequence[Iteration], checkpoints: Path) -> None:
+    """To be called by all processes at once. The state, in which is a copy of the policy, is gone afterwards."""
+    generators = ppo.join_generators()
+    if ppo.team.leads:
+        done = {"iterations": [asdict(iteration) for iteration in iterations]}
+        save(ppo.state(generators) | done, checkpoints / UNDER_WAY)
+
+
 def _resume(ppo: PPO, checkpoints: Path) -> list[Iteration]:
-    """The iterations that are done already. Begins anew where another release did them, whose features were others, or another
-    tuning, whose weights were."""
-    path = checkpoints / UNDER_WAY
-    found = None
-    if ppo.team.leads and path.exists():
-        found = torch.load(path, weights_only=True, map_location=ppo.roles.device)
-        same_weights = found["policy"].keys() == ppo.roles.policy_weights().keys()
-        found = found if same_weights and ppo.value.fits(found["value"]) else None
+    """The iterations that are done already; where it cannot go on from them it begins anew, without what they left."""
+    found = _load_under_way(ppo, checkpoints) if ppo.team.leads else None
+    if ppo.team.leads and found is None:
+        for path in (*checkpoints.glob("*.pt"), *checkpoints.glob("*.partial")):
+            path.unlink()
     state = ppo.team.tell(found)
     if state is None:
         return []
     ppo.load_state(state)
     return [Iteration.from_dict(iteration) for iteration in state["iterations"]]
+
+
+def _load_under_way(ppo: PPO, checkpoints: Path) -> dict[str, Any] | None:
+    """None where there is none, or it is another release's, whose features were others, or has other weights: those of another tuning
+    or rank."""
+    path = checkpoints / UNDER_WAY
+    if not path.exists():
+        return None
+    found: dict[str, Any] = torch.load(path, weights_only=True, map_location=ppo.roles.device)
+    same_weights = _shapes(found["policy"]) == _shapes(ppo.roles.policy_weights())
+    return found if same_weights and ppo.value.fits(found["value"]) else None
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: each.shape for name, each in weights.items()}

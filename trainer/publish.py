@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from service.policies import MERGED
-from trainer.models import BASE, POLICY, Batch, Roles
+from trainer.models import BASE_MODEL, POLICY, Batch, Roles
 from trainer.rollouts import Rollout
 
 NUM_PROBES = 4
@@ -107,8 +107,7 @@ def save_merged(roles: Roles, folder: Path) -> None:
     for path in sorted(base.glob("*.safetensors")):
         tensors = load_file(path)
         for name, weights in tensors.items():
-            # A checkpoint may leave out the model's own prefix (`transformer.`).
-            found = next((each for each in changes if name in (each, each.partition(".")[2])), None)
+            found = next((each for each in changes if name in names_in_files(each)), None)
             if found is not None:
                 tensors[name] = changes.pop(found)(weights).to(weights.dtype).contiguous()
         save_file(tensors, folder / path.name, metadata={"format": "pt"})
@@ -119,6 +118,11 @@ def save_merged(roles: Roles, folder: Path) -> None:
     for pattern in ("*.safetensors.index.json", "config.json", "generation_config.json"):
         for path in base.glob(pattern):
             shutil.copy(path, folder / path.name)
+
+
+def names_in_files(name: str) -> tuple[str, str]:
+    """What a model's weights may be called in its files: some leave out the model's own prefix (`transformer.`)."""
+    return name, name.partition(".")[2]
 
 
 Change = Callable[[Tensor], Tensor]
@@ -156,7 +160,7 @@ def make_probes(roles: Roles, rollouts: Sequence[Rollout]) -> list[dict[str, Any
     for rollout in chosen:
         batch = Batch.collate([(rollout.prompt_ids, rollout.reply_ids)], roles.pad_id, roles.device)
         logprobs = roles.logprobs(batch)[0].tolist()
-        base_logprobs = roles.logprobs(batch, role=BASE)[0].tolist()
+        base_logprobs = roles.logprobs(batch, role=BASE_MODEL)[0].tolist()
         start = len(rollout.prompt_ids)
         probes.append(
             {

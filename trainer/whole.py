@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from service.policies import MERGED
 from service.weights import CONFIG
-from trainer.models import POLICY, REFERENCE, Origin, Roles, compute_dtype, use_cheap_passes
+from trainer import models
+from trainer.models import POLICY, REFERENCE, Origin, Roles, use_cheap_passes
 from trainer.passes.cast import cast
+from trainer.publish import names_in_files
 
 LEARNING_RATE_TIMES_WIDTH = 0.04
 """PPO's learning rate times hidden size, a tenth of what adapters take: 2e-4 at 192, 1e-5 at 4096."""
@@ -33,7 +35,7 @@ def load_roles(origin: Origin, device: torch.device | None = None) -> Roles:
     if origin.tuning == "lora":
         return Roles.load(origin.base, origin.rank, origin.parent, origin.anchor, device)
     device = device or torch.get_default_device()
-    dtype = compute_dtype(device)
+    dtype = models.compute_dtype(device)
     policy = _load_trained(origin.base, origin.parent, dtype)
     reference = _load_frozen(origin.base, origin.anchor, dtype)
     roles = WholeRoles(policy, reference, AutoTokenizer.from_pretrained(origin.base), origin)
@@ -94,6 +96,7 @@ def _load_trained(base: str | Path, policy: Path | None, dtype: torch.dtype) -> 
     embeddings = model.get_input_embeddings()
     if embeddings.weight is model.get_output_embeddings().weight:
         embeddings.requires_grad_(False)
+    # Which norms can be replaced is tried to the last bit, so in the type of the passes: else they might not be the reference's.
     with cast(model, dtype):
         use_cheap_passes(model)
     return model
@@ -124,5 +127,5 @@ def _check_files(base: Path, weights: dict[str, nn.Parameter]) -> None:
         with safe_open(path, "pt") as file:
             names.update(file.keys())
     for name in weights:
-        if name not in names and name.partition(".")[2] not in names:
+        if names.isdisjoint(names_in_files(name)):
             raise ValueError(f"{base} has no {name} in safetensors: set RATCHET_TUNING=lora.")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from service.policies import BASE
 
@@ -28,6 +29,10 @@ class HttpEngine:
         """What was loaded and unloaded."""
         self.chats: list[dict[str, Any]] = []
         """What was asked of it."""
+        self.completions: list[dict[str, Any]] = []
+        """The same, of token ids."""
+        self.says: dict[str, str] = {}
+        """By path: a text that it answers with instead, as if all were well."""
         self._holding: set[str] = set()
         self._reached: dict[str, threading.Event] = {}
 
@@ -50,7 +55,7 @@ class HttpEngine:
             await asyncio.sleep(LOOK_SECONDS)
 
     def application(self) -> web.Application:
-        app = web.Application()
+        app = web.Application(middlewares=[self._answer_instead])
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/load_lora_adapter", self._load)
@@ -58,12 +63,18 @@ class HttpEngine:
         app.router.add_post("/v1/chat/completions", self._chat)
         return app
 
+    @web.middleware
+    async def _answer_instead(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        found = self.says.get(request.path)
+        return await handler(request) if found is None else web.Response(text=found)
+
     async def _models(self, request: web.Request) -> web.Response:
         await self._pass("models")
         return web.json_response({"data": [{"id": name, "max_model_len": 512} for name in sorted(self.held)]})
 
     async def _complete(self, request: web.Request) -> web.Response:
         body = await request.json()
+        self.completions.append(body)
         await self._pass("probe" if "allowed_token_ids" in body else "token")
         logprob = -1.0 if body["model"] == BASE else -2.0
         return web.json_response({"choices": [{"text": "x", "logprobs": {"token_logprobs": [logprob]}}]})

@@ -47,6 +47,22 @@ def test_whole_models_are_only_trained_where_they_can_be_delivered(monkeypatch: 
     assert get_settings().tuning == "full"
 
 
+@pytest.mark.parametrize("method", ["dpo", "orpo"])
+def test_methods_that_train_adapters_alone_are_refused_where_all_weights_are_to_be_trained(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RATCHET_METHOD", method)
+    assert get_settings().method == method
+    get_settings.cache_clear()
+    monkeypatch.setenv("RATCHET_DELIVERY", "merged")
+    monkeypatch.setenv("RATCHET_TUNING", "full")
+    with pytest.raises(SettingsError) as refused:
+        get_settings()
+    assert refused.value.message == (
+        f"RATCHET_TUNING: full is for RATCHET_METHOD=ppo, and {method} trains adapters alone: set ppo, or lora here"
+    )
+
+
 def test_a_wrong_value_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RATCHET_PORT", "seventy")
     with pytest.raises(SettingsError, match="RATCHET_PORT: "):

@@ -14,8 +14,13 @@ def _open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16, where a machine has it, would hide a difference in its rounding."""
-    for module in ("models", "whole"):
-        monkeypatch.setattr(f"trainer.{module}.compute_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("trainer.models.compute_dtype", lambda _: torch.float32)
+
+
+@pytest.fixture
+def _in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a machine is slow with it, and float32 would have nothing to round."""
+    monkeypatch.setattr("trainer.models.compute_dtype", lambda _: torch.bfloat16)
 
 
 @pytest.fixture(autouse=True, scope="session")

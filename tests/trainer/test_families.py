@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from service.policies import MERGED, read_folder
 from tests.tiny_model import make_family, read_logprobs
 from tests.trainer.tiny_cycle import NAME, RANK, VOTES, learn_and_publish
-from trainer.models import BASE, Batch, Origin, Roles
+from trainer.models import BASE_MODEL, Batch, Origin, Roles
 from trainer.whole import load_roles
 
 TIED_AND_PADDED = pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_so_it_does_with_all_its_weights_trained(
     assert (policy - anchor).abs().max() > 0.05
     assert torch.equal(policy, roles.logprobs(batch))
     assert torch.equal(policy, again.read(batch).logprobs)
-    assert torch.equal(anchor, again.logprobs(batch, role=BASE))
+    assert torch.equal(anchor, again.logprobs(batch, role=BASE_MODEL))
     models = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         for folder in (published / MERGED, base)

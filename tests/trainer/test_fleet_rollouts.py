@@ -1,9 +1,11 @@
 """Rollouts by engines: faults and users with fakes; and the real vLLM, whose replies must be those of the policy that is trained."""
 
+import asyncio
 import io
+import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from service.policies import BASE, ensure_base
 from service.settings import Settings
 from service.tables import Cycle, ReplicaRow
 from tests.service.fake_engine import FakeEngine
+from tests.service.http_engine import HttpEngine, running_http_engine
 from tests.tiny_model import make_model
 from tests.trainer.test_cycle import accept_challengers, add_votes, request_cycle
 from tests.trainer.tiny_ppo import SETTINGS, start
@@ -168,6 +171,72 @@ def test_a_replica_that_cannot_load_the_adapter_is_left_out(roles: Roles, folder
     assert "refusing: the engine could not load it" in cycling.said[0]
 
 
+@pytest.fixture
+def http_engine() -> Iterator[HttpEngine]:
+    with running_http_engine() as engine:
+        yield engine
+
+
+def completion(**changes: Any) -> str:
+    """vLLM's answer to token ids, but for what differs."""
+    choice = {"finish_reason": "stop", "token_ids": [5, END], "logprobs": {"token_logprobs": [-1.0, -1.0]}}
+    return json.dumps({"choices": [choice | changes]})
+
+
+MODELS, COMPLETIONS = "/v1/models", "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "why"),
+    [
+        (MODELS, "<html>Welcome</html>", "/v1/models is not what vLLM answers: JSON is malformed"),
+        (MODELS, '{"data": []}', "/v1/models is not what vLLM answers: Expected `array` of length >= 1"),
+        (COMPLETIONS, "<html>Welcome</html>", "/v1/completions is not what vLLM answers: JSON is malformed"),
+        (COMPLETIONS, '{"choices": []}', "Expected `array` of length >= 1 - at `$.choices`"),
+        (
+            COMPLETIONS,
+            completion(token_ids=None),
+            "Expected `array`, got `null` - at `$.choices[0].token_ids`",
+        ),
+        (COMPLETIONS, completion(token_ids=[]), "gave 0 tokens, and log-probabilities of 2"),
+        (COMPLETIONS, completion(token_ids=[5, 6, END]), "gave 3 tokens, and log-probabilities of 2"),
+        (
+            COMPLETIONS,
+            completion(logprobs=None),
+            "Expected `object`, got `null` - at `$.choices[0].logprobs`",
+        ),
+        (COMPLETIONS, completion(logprobs={"token_logprobs": [None, -1.0]}), "Expected `float`, got `null`"),
+        (COMPLETIONS, completion(finish_reason="abort"), "stopped before the answer was whole"),
+    ],
+)
+def test_a_replica_whose_answers_are_not_vllms_is_left_out(
+    path: str, text: str, why: str, http_engine: HttpEngine, roles: Roles, folder: Path
+) -> None:
+    http_engine.says[path] = text
+    found, said = ask_over_http(http_engine, roles, folder)
+    assert found == [None] * 3
+    assert why in said[0]
+
+
+def test_an_engine_is_asked_for_replies_of_the_whole_distribution_whatever_its_own_defaults(
+    http_engine: HttpEngine, roles: Roles, folder: Path
+) -> None:
+    found, said = ask_over_http(http_engine, roles, folder)
+    assert found == [None] * 3
+    assert "missing required field `finish_reason`" in said[0]  # it is too old to give token ids
+    *_, body = http_engine.completions
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert body | neutral == body
+
+
+def ask_over_http(engine: HttpEngine, roles: Roles, folder: Path) -> tuple[list[Rollout | None], list[str]]:
+    """What it replies to three prompts, and what people are told."""
+    folder.mkdir()
+    said: list[str] = []
+    fleet = FleetSampler(lambda: [engine.url], lambda: math.inf, folder, said.append)
+    return fleet.sample(roles, PROMPTS[:3], SAMPLER), said
+
+
 def test_no_replica_at_all_leaves_all_to_the_trainer(roles: Roles, folder: Path) -> None:
     cycling = Cycling(folder, [])
     assert cycling.sample(roles) == [None] * 60
@@ -186,26 +255,60 @@ def test_a_prompt_that_engines_have_no_room_for_is_left_to_the_trainer(roles: Ro
     assert fleet.sample(roles, prompts[2:3], SAMPLER) == [None], "its own context is full"
 
 
-def test_what_takes_too_long_is_aborted_and_left_to_the_trainer(
-    roles: Roles, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fleet_rollouts, "PATIENCE_SECONDS", 0.2)
-    quick, hanging = FakeEngine("quick"), FakeEngine("hanging", pause_seconds=60)
+def leap(seconds: float) -> None:
+    """The running loop's clock goes on from so much later: no time passes, so that no stall can be taken for it."""
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    vars(loop)["time"] = lambda: clock() + seconds
+
+
+def test_what_takes_too_long_is_aborted_and_left_to_the_trainer(roles: Roles, folder: Path) -> None:
+    class Hanging(FakeEngine):
+        """Works, until it is asked for replies."""
+
+        async def complete_one(self, policy: str) -> None:
+            self.hangs = True
+
+    class Quick(FakeEngine):
+        async def complete(self, *arguments: Any, **named: Any) -> Completion:
+            completion = await super().complete(*arguments, **named)
+            if len(self.completed) + hanging.completing == 60:
+                leap(fleet_rollouts.PATIENCE_SECONDS)
+            return completion
+
+    quick, hanging = Quick("quick"), Hanging("hanging")
     found = Cycling(folder, [quick, hanging]).sample(roles)
     assert len(quick.completed) == 60 - found.count(None) > 20
     assert found.count(None) == hanging.most_completing > 0
     assert (hanging.completing, hanging.held) == (0, {BASE})
 
 
-def test_an_error_of_our_own_leaves_no_adapter_behind(roles: Roles, folder: Path) -> None:
-    class Mistaken(FakeEngine):
-        async def complete(self, *_: Any, **__: Any) -> Completion:
-            raise TypeError("a mistake")
+def test_a_replica_that_is_not_ready_in_time_is_left_out(roles: Roles, folder: Path) -> None:
+    class Hanging(FakeEngine):
+        async def load(self, policy: str, path: str) -> None:
+            while policy not in sound.held:
+                await asyncio.sleep(0)
+            leap(fleet_rollouts.PREPARE_SECONDS)
+            await asyncio.Event().wait()
 
-    engine = Mistaken()
+    hanging, sound = Hanging("hanging"), FakeEngine("sound")
+    cycling = Cycling(folder, [hanging, sound])
+    assert cycling.sample(roles) == REPLIES
+    assert hanging.completed == []
+    assert "hanging: It was not ready within 30 s." in cycling.said[0]
+
+
+def test_an_error_of_our_own_ends_it_at_once_and_leaves_no_adapter_behind(roles: Roles, folder: Path) -> None:
+    class Mistaken(FakeEngine):
+        async def complete(self, *arguments: Any, **named: Any) -> Completion:
+            if self.completing == 3:
+                raise TypeError("a mistake")
+            return await super().complete(*arguments, **named)
+
+    engine = Mistaken(pause_seconds=600)
     with pytest.raises(TypeError, match="a mistake"):
         Cycling(folder, [engine]).sample(roles)
-    assert engine.held == {BASE}
+    assert (engine.completing, engine.held) == (0, {BASE})
     assert list(folder.iterdir()) == []
 
 

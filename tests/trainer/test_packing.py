@@ -38,6 +38,7 @@ def test_it_computes_as_policy_and_as_reference_what_the_layers_do(family: str, 
     assert not torch.allclose(logits(roles, POLICY), logits(roles, REFERENCE), atol=0.01)
 
 
+@pytest.mark.usefixtures("_in_bfloat16")
 def test_in_bfloat16_it_differs_by_rounding_alone(tmp_path: Path) -> None:
     roles = load_trained(make_family(tmp_path, "qwen2"))  # it has biases
     wanted = logits(roles, POLICY)

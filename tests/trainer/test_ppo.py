@@ -24,6 +24,7 @@ def roles(tmp_path: Path) -> Roles:
     return Roles.load(make_model(tmp_path), rank=4)
 
 
+@pytest.mark.usefixtures("_in_bfloat16")
 def test_unchanged_weights_have_a_ratio_of_exactly_one(roles: Roles) -> None:
     batch = Batch.collate([([5, 6], [7, 8, 1]), ([5], [9, 1])], roles.pad_id, roles.device)
     with torch.no_grad():
@@ -122,11 +123,24 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_policy(tmp_path: Path) -> No
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_run_that_was_cut_off_with_another_rank_begins_anew_and_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    base, checkpoints = make_model(tmp_path), tmp_path / "checkpoints"
+    settings = replace(SETTINGS, iterations=3, rollouts=16)
+    ppo.train(start(Roles.load(base, rank=4), settings), checkpoints, lambda _: None)
+    (checkpoints / "002.partial").touch()
+    run = start(Roles.load(base, rank=2), replace(settings, iterations=2))
+    outcome = ppo.train(run, checkpoints, lambda _: None)
+    assert [iteration.number for iteration in outcome.iterations] == [0, 1]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["000.pt", "001.pt", "under-way.pt"]
+
+
 def test_what_the_fleet_does_not_answer_is_sampled_here_in_the_prompts_order(roles: Roles) -> None:
     run = start(roles)
     run.fleet = fleet = HalfFleet()
     prompts = [[5, 6 + number] for number in range(9)]
-    found = run._sample(prompts)
+    found = run._sample_missing(prompts, run._ask_fleet(prompts))
     assert [rollout.prompt_ids for rollout in found] == prompts
     assert found[::2] == fleet.replies
     with roles.acting_as(POLICY):
@@ -144,6 +158,14 @@ def test_replies_of_another_policy_end_the_run_before_it_learns_from_them(roles:
     assert all(torch.equal(weights, before[name]) for name, weights in roles.policy_state().items())
 
 
+def test_what_is_sampled_here_cannot_be_stale_and_no_gap_ends_the_run(roles: Roles) -> None:
+    run = start(roles, replace(SETTINGS, most_gap=0.0))
+    assert run.iterate(0).gap > 0.0
+    run.fleet = HalfFleet()
+    with pytest.raises(GapTooWide):
+        run.iterate(1)
+
+
 @pytest.mark.usefixtures("_exact")
 @pytest.mark.parametrize(("times", "weight"), [(1.0, 1.0), (1.5, 1.5), (0.25, 0.25), (9.0, 2.0)])
 def test_the_loss_is_weighted_by_how_much_likelier_the_policy_finds_a_token_than_its_sampler_did(
@@ -156,7 +178,7 @@ def test_the_loss_is_weighted_by_how_much_likelier_the_policy_finds_a_token_than
 
     monkeypatch.setattr(Team, "sum_gradients", keep)
     run = start(roles)
-    [part, *_] = run._read(run._sample([*run.prompts] * 4))
+    [part, *_] = run._read(run._sample_here([*run.prompts] * 4))
     part.advantages = part.old.sin() * part.mask
     run.optimizer.param_groups[0]["lr"] = 0.0
     for sampled in (part.old, part.old - math.log(times)):

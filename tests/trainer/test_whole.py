@@ -15,7 +15,7 @@ from tests.trainer.test_last_layer import SEQUENCES
 from tests.trainer.test_models import load_trained as load_trained_adapter
 from trainer import ppo
 from trainer.iterations import checkpoint_path, load_average
-from trainer.models import BASE, POLICY, REFERENCE, Batch, Origin, Roles
+from trainer.models import BASE_MODEL, POLICY, REFERENCE, Batch, Origin, Roles
 from trainer.passes import packing
 from trainer.publish import save_adapter, save_merged
 from trainer.rollouts import Sampler
@@ -24,6 +24,7 @@ from trainer.whole import WholeRoles, load_roles
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 TIED_OR_NOT = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 exact = pytest.mark.usefixtures("_exact")
+in_bfloat16 = pytest.mark.usefixtures("_in_bfloat16")
 
 
 def load(base: Path, parent: Path | None = None, anchor: Path | None = None) -> WholeRoles:
@@ -85,12 +86,9 @@ def test_every_weight_gets_the_gradient_that_the_plain_model_has(
         assert (found - gradient).norm() <= 1e-4 * gradient.norm() + 1e-4, name
 
 
+@in_bfloat16
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_in_bfloat16_gradients_differ_by_rounding_alone(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in ("models", "whole"):
-        monkeypatch.setattr(f"trainer.{module}.compute_dtype", lambda _: torch.bfloat16)
+def test_in_bfloat16_gradients_differ_by_rounding_alone(family: str, tmp_path: Path) -> None:
     roles = load(make_family(tmp_path, family, tied=False))
     weigh(roles.logprobs(batch_of(roles))).backward()  # type: ignore[no-untyped-call]
     wanted = plain_gradients(tmp_path, roles)
@@ -101,6 +99,7 @@ def test_in_bfloat16_gradients_differ_by_rounding_alone(
     assert torch.cosine_similarity(together, plain, dim=0) > 0.99
 
 
+@in_bfloat16
 @EVERY_FAMILY
 def test_until_it_is_changed_the_policy_is_its_anchor_to_the_last_bit(family: str, tmp_path: Path) -> None:
     roles = load(make_family(tmp_path, family))
@@ -122,6 +121,7 @@ def test_training_leaves_the_reference_as_it_is(tmp_path: Path) -> None:
     assert all(weights.grad is None for weights in roles.reference.parameters())
 
 
+@in_bfloat16
 @EVERY_FAMILY
 @torch.no_grad()
 def test_the_samplers_logprobs_are_the_trainers(family: str, tmp_path: Path) -> None:
@@ -138,6 +138,7 @@ def test_the_samplers_logprobs_are_the_trainers(family: str, tmp_path: Path) -> 
         assert (read - sampled).abs().mean() < 0.02  # rounding in bfloat16
 
 
+@in_bfloat16
 @torch.no_grad()
 def test_sampling_packs_the_weights_that_the_policy_has_now(tmp_path: Path) -> None:
     roles = load(make_family(tmp_path, "llama"))
@@ -173,7 +174,7 @@ def test_a_whole_model_can_be_parent_and_anchor_and_the_base_is_still_known(tmp_
     batch = batch_of(roles)
     assert torch.equal(roles.logprobs(batch), made.logprobs(batch))
     assert torch.equal(roles.read(batch).logprobs, made.logprobs(batch))
-    assert torch.equal(change(roles).logprobs(batch, role=BASE), made.read(batch).logprobs)
+    assert torch.equal(change(roles).logprobs(batch, role=BASE_MODEL), made.read(batch).logprobs)
     assert roles.end_ids == made.end_ids
 
 
