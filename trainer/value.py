@@ -58,9 +58,9 @@ class Value:
     def add(self, features: Tensor, returns: Tensor, mask: Tensor) -> None:
         """Adds the data of a batch. features: (B, L, G), returns, mask: (B, L)."""
         real = mask.bool()
-        rows = features[real] / self.scale
-        self.moment += (rows.T @ rows).double()
-        self.target += rows.double().T @ returns[real].double()
+        rows = features[real].double() / self.scale
+        self.moment += rows.T @ rows
+        self.target += rows.T @ returns[real].double()
 
     def fit(self) -> None:
         """Weights from all data that any process has added so far."""
