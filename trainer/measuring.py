@@ -12,8 +12,9 @@ from torch import Tensor
 from trainer import ppo_math
 from trainer.features import reward_features
 from trainer.iterations import Iteration
+from trainer.microbatch import Microbatch, disagreement, sampled_logprobs
 from trainer.models import Roles
-from trainer.ppo import Microbatch, PPOSettings, disagreement, pessimistic, sampled_logprobs
+from trainer.ppo import PPOSettings, pessimistic
 from trainer.repetition import repeats
 from trainer.reward_model import Head
 from trainer.rollouts import Rollout

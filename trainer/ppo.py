@@ -42,7 +42,8 @@ from trainer.iterations import (
     prune,
     save,
 )
-from trainer.models import POLICY, Batch, Roles
+from trainer.microbatch import Microbatch, disagreement, sampled_logprobs, whiten_together
+from trainer.models import POLICY, Roles
 from trainer.passes import memory
 from trainer.repetition import repeats
 from trainer.reward_model import Head
@@ -98,35 +99,6 @@ class PPOSettings:
     max_tokens: int = 64
     """Longest reply, end token included."""
     temperature: float = 1.0
-
-
-@dataclass(slots=True)
-class Microbatch:
-    """Rollouts of like length, with all that the update needs. Tensors are (B, L) unless said."""
-
-    batch: Batch
-    old: Tensor
-    """The policy's log-probabilities when it sampled, by the pass that trains."""
-    sampled: Tensor
-    """The same by whoever sampled."""
-    reference: Tensor
-    features: Tensor
-    """[B, L, G] value features."""
-    values: Tensor
-    scores: Tensor
-    """[B, K] by the ensemble."""
-    judged: Tensor
-    """[B] by the judge."""
-    ended: Tensor
-    """[B] 1.0 where the reply ended by itself."""
-    repeated: Tensor
-    """[B] 1.0 where the reply says a run of words twice."""
-    advantages: Tensor
-    returns: Tensor
-
-    @property
-    def mask(self) -> Tensor:
-        return self.batch.reply_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,14 +375,6 @@ class PPO:
         return total / num_replies
 
 
-def sampled_logprobs(batch: Batch, rollouts: Sequence[Rollout]) -> Tensor:
-    """[B, L] each reply token's log-probability by whoever sampled it; 0.0 elsewhere. rollouts: the batch's rows, in order."""
-    spread = torch.zeros_like(batch.reply_mask)
-    logprobs = [logprob for rollout in rollouts for logprob in rollout.logprobs]
-    spread[batch.reply_mask.bool()] = torch.tensor(logprobs, device=spread.device)
-    return spread
-
-
 def _check_shares(num_rollouts: int, microbatch: int, num_processes: int) -> None:
     if num_rollouts % num_processes or microbatch % num_processes:
         common = math.gcd(num_rollouts, microbatch)
@@ -421,28 +385,10 @@ def _check_shares(num_rollouts: int, microbatch: int, num_processes: int) -> Non
         )
 
 
-def disagreement(part: Microbatch) -> Tensor:
-    """[B] standard deviation among the ensemble's heads; 0.0 where there is but one."""
-    return part.scores.std(1) if part.scores.shape[1] > 1 else torch.zeros_like(part.ended)
-
-
 def pessimistic(part: Microbatch, settings: PPOSettings) -> Tensor:
     """[B] ensemble mean less its disagreement, less a penalty for a missing end and one for repetition."""
     score = part.scores.mean(1) - settings.disagreement * disagreement(part)
     return score - settings.fault_penalty * (1 - part.ended + part.repeated)
-
-
-def whiten_together(microbatches: Sequence[Microbatch], team: Team = ALONE) -> None:
-    """`ppo_math.whiten` of the advantages, over microbatches of different lengths together, and over all processes."""
-    flat = torch.cat([part.advantages[part.mask.bool()] for part in microbatches])[None]
-    white = ppo_math.whiten(flat, torch.ones_like(flat), team.sum)[0]
-    start = 0
-    for part in microbatches:
-        real = part.mask.bool()
-        end = start + int(real.sum())
-        part.advantages = torch.zeros_like(part.mask)
-        part.advantages[real] = white[start:end]
-        start = end
 
 
 UNDER_WAY = "under-way.pt"

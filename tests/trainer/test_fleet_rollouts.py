@@ -29,6 +29,7 @@ from trainer import fleet_rollouts, ppo, ppo_math
 from trainer.cycle import run_cycle
 from trainer.fleet_rollouts import FleetSampler
 from trainer.iterations import GapTooWide, Iteration
+from trainer.microbatch import sampled_logprobs
 from trainer.models import Roles
 from trainer.publish import save_adapter
 from trainer.rollouts import Rollout, Sampler
@@ -379,7 +380,7 @@ def test_the_real_engine_gives_replies_of_the_policy_that_is_trained(
         assert not any(before)
         assert last == rollout.ended == (len(rollout.reply_ids) < 24 or last)
     batch = roles.batch([(rollout.prompt_ids, rollout.reply_ids) for rollout in rollouts])
-    sampled = ppo.sampled_logprobs(batch, rollouts)
+    sampled = sampled_logprobs(batch, rollouts)
     with torch.no_grad():
         policy, base = roles.logprobs(batch), roles.read(batch).logprobs
     assert mean_gap(policy, sampled, batch.reply_mask) < SETTINGS.most_gap / 2
