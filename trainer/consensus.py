@@ -4,7 +4,7 @@ A model knows more than it says: at a low temperature the starter gives 98 right
 likely it finds a reply tells little of that, since most of it is how a thing is said. Which words are in it does tell: those that its
 surest answers share. Words are runs of letters and digits, in either case; where a script puts no spaces between them, its characters.
 The prompt's own say nothing, but for those that every prompt has (a template's), and rare ones say more than others.
-Sources: arXiv:2203.11171 (self-consistency), arXiv:2111.05805 (minimum Bayes risk).
+Sources: arXiv:2203.11171 (self-consistency), arXiv:2111.09388 (minimum Bayes risk).
 
 Pure functions of texts; `features.py` asks the anchor, and reads replies by this.
 """
