@@ -172,18 +172,13 @@ class Settings(BaseSettings):
 
     @field_validator("tuning")
     @classmethod
-    def _can_be_delivered(cls, tuning: Tuning, others: ValidationInfo) -> Tuning:
+    def _can_be_whole(cls, tuning: Tuning, others: ValidationInfo) -> Tuning:
+        method = others.data.get("method")
         if tuning == "full" and others.data.get("delivery") != "merged":
             raise PydanticCustomError(
                 "delivery",
                 "full makes policies that are whole models: set RATCHET_DELIVERY=merged too, or lora here",
             )
-        return tuning
-
-    @field_validator("tuning")
-    @classmethod
-    def _can_be_trained(cls, tuning: Tuning, others: ValidationInfo) -> Tuning:
-        method = others.data.get("method")
         if tuning == "full" and method in ("dpo", "orpo"):
             raise PydanticCustomError(
                 "method",
