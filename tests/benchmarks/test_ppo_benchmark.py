@@ -11,7 +11,7 @@ from tests.benchmarks.gateway_samples import Spread
 from tests.benchmarks.ppo_model import Floor, Size, count_floor, make_base
 from tests.benchmarks.ppo_ours import work
 from tests.benchmarks.ppo_report import Contest, above_idle, contest_goals, contest_report
-from tests.benchmarks.ppo_visit import Figures, Job
+from tests.benchmarks.ppo_visit import Figures, Job, Memory
 from trainer.starter import Recipe
 
 TINY = Recipe(hidden=64, layers=1, feed_forward=64, vocabulary=400)
@@ -34,9 +34,19 @@ def test_our_side_trains_on_full_replies(tmp_path: Path) -> None:
     figures = work(job(tmp_path))
     assert len(figures.seconds) == len(figures.cpu_seconds) == 1
     assert figures.seconds[0] > 0
-    assert figures.peak_mib >= figures.idle_mib > 0
+    assert figures.idle_mib > 0
+    # Linux counts pages by processor and adds them up now and then: of a tiny model, the peak may seem to be some KiB less.
+    assert figures.peak_mib > figures.idle_mib - 1
     # rank 2 on 4 matrices of 64 x 64 and 3 of 64 x 64: 7 * 2 * 128
     assert figures.trained == 7 * 2 * 128
+
+
+def test_memory_that_came_and_went_is_in_the_peak() -> None:
+    memory = Memory()
+    assert memory.peak_mib < memory.idle_mib + 32
+    block = torch.ones(16 * 2**20)  # 64 MiB
+    del block
+    assert memory.peak_mib > memory.idle_mib + 60
 
 
 def test_the_model_cannot_end_a_reply(tmp_path: Path) -> None:
