@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 PATIENCE = 5
 """Iterations in a row that must be called worse before a run ends."""
 OBJECTION = 2.0
-"""Standard errors below the best (or, for the guard set, below live) at which a policy is called worse: the best of many noisy numbers
-is flattered."""
+"""Standard errors below live at which the guard set calls a policy worse."""
+JUDGE_OBJECTION = 3.0
+"""Standard errors below the best at which the judge calls a policy worse: of the difference, by which replies were drawn and by which
+votes the judge was fit on. The best of thirty draws is flattered by two of its own."""
 POOLED = 5
 """Iterations whose guard replies are counted together."""
 AVERAGED = 10
@@ -70,7 +73,7 @@ class Iteration:
     judge: float
     """Mean score by the judge, in its own standard deviations over the anchor's replies."""
     judge_error: float
-    """Standard error of `judge`."""
+    """Standard error of `judge`, by which replies were drawn."""
     disagreement: float
     kl: float
     """To the anchor: nats per reply (k3)."""
@@ -94,12 +97,15 @@ class Iteration:
     gap: float = 0.0
     """Mean absolute difference between sampler's and trainer's log-probabilities, nats per token; 0.0 where an earlier release did not
     measure it."""
+    judges: tuple[float, ...] = ()
+    """`judge` by each of its heads, each fit on a bootstrap of the held-out votes; empty where an earlier release had one alone."""
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Iteration":
         """Of `dataclasses.asdict`."""
         guard = values.get("guard")
-        return Iteration(**values | {"guard": Guarded(**guard) if guard else None})
+        told = {"guard": Guarded(**guard) if guard else None, "judges": tuple(values.get("judges", ()))}
+        return Iteration(**values | told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +128,16 @@ def choose_kept(iterations: Sequence[Iteration]) -> int:
 def last_liked(iterations: Sequence[Iteration]) -> int:
     """The last iteration that the judge does not call worse than the best."""
     best = max(iterations, key=lambda iteration: iteration.judge)
-    return max(each.number for each in iterations if each.judge >= best.judge - OBJECTION * best.judge_error)
+    return max(each.number for each in iterations if not _is_worse(each, best))
+
+
+def _is_worse(one: Iteration, best: Iteration) -> bool:
+    """By the judge, and by more than chance: other replies, and other held-out votes, might have said otherwise."""
+    # Not strict: one of the two may be an earlier release's, which has no heads.
+    heads = [high - low for high, low in zip(best.judges, one.judges, strict=False)]
+    by_votes = stdev(heads) if len(heads) > 1 else 0.0
+    error = math.hypot(best.judge_error, one.judge_error, by_votes)
+    return best.judge - one.judge > JUDGE_OBJECTION * error
 
 
 def forgets(iterations: Sequence[Iteration]) -> bool:

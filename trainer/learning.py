@@ -174,7 +174,7 @@ def _fit_rewards(
     roles.consensus = ask_consensus(roles, sampler, preferences.prompts, seed)
     own = anchor_features(roles, sampler, preferences.prompts, seed)
     ensemble = reward_model.fit(roles, train, own, recipe.reward, recipe.reward.members, seed)
-    judge = reward_model.fit(roles, held_out, own, recipe.reward, 1, seed)
+    judge = reward_model.fit(roles, held_out, own, recipe.reward, recipe.reward.members, seed)
     strict = ensemble
     if parts.unlike is not train:
         strict = reward_model.fit(roles, parts.unlike, own, recipe.reward, recipe.reward.members, seed)
@@ -299,7 +299,8 @@ def _show(watch: Watch, method: str, iteration: Iteration, total: int) -> None:
     iterations = [*before, asdict(iteration)]
     progress = {"stage": "training", "done": done, "total": total}
     watch.note(training={"method": method, "iterations": iterations}, progress=progress)
-    numbers = {name: value for name, value in iterations[-1].items() if name not in ("number", "guard")}
+    several = ("number", "guard", "judges")
+    numbers = {name: value for name, value in iterations[-1].items() if name not in several}
     if iteration.guard is not None:
         numbers["guard"] = iteration.guard.num_right / iteration.guard.num_asked
     watch.draw(iteration.number, numbers)

@@ -1,6 +1,6 @@
 """What a policy's own replies look like, in the numbers of an `Iteration`, for methods that have no rollouts to learn from.
 
-Legend: B sequences, L tokens of prompt and reply, N replies, K heads of the ensemble.
+Legend: B sequences, L tokens of prompt and reply, N replies, K heads of the ensemble, J of the judge.
 """
 
 import math
@@ -46,12 +46,13 @@ def measure(
     columns = {name: torch.cat(parts) for name, parts in facts.items()}
     means = {name: column.mean().item() for name, column in columns.items()}
     num_replies = len(rollouts)
-    spread = columns["judge"].std().item() if num_replies > 1 else 0.0
+    spread = columns["judge"].mean(1).std().item() if num_replies > 1 else 0.0
     return Iteration(
         number=number,
         score=means["score"],
         judge=means["judge"],
         judge_error=spread / math.sqrt(num_replies),
+        judges=tuple(columns["judge"].mean(0).tolist()),
         disagreement=means["disagreement"],
         kl=means["kl"],
         kl_coefficient=kl_coefficient,
@@ -82,7 +83,7 @@ def _read(
         features=empty,
         values=empty,
         scores=ensemble(reward),
-        judged=judge(reward).mean(1),
+        judged=judge(reward),
         ended=torch.tensor([float(rollout.ended) for rollout in rollouts], device=batch.ids.device),
         repeated=torch.tensor(repeated, device=batch.ids.device),
         advantages=empty,
@@ -91,7 +92,7 @@ def _read(
 
 
 def _facts(part: Microbatch, scoring: PPOSettings) -> dict[str, Tensor]:
-    """[B] each: sums over a reply's tokens, or facts of the whole reply."""
+    """[B] each, but for the judge's [B, J]: sums over a reply's tokens, or facts of the whole reply."""
     return {
         "score": pessimistic(part, scoring),
         "judge": part.judged,

@@ -1,6 +1,6 @@
 """Some rollouts of like length, with all that PPO's update needs of them. For `ppo.py`, and `measuring.py`, which updates nothing.
 
-Legend: B sequences, L tokens of prompt and reply, K heads of the ensemble, G value features.
+Legend: B sequences, L tokens of prompt and reply, K heads of the ensemble, J of the judge, G value features.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Microbatch:
     scores: Tensor
     """[B, K] by the ensemble."""
     judged: Tensor
-    """[B] by the judge."""
+    """[B, J] by the judge's heads."""
     ended: Tensor
     """[B] 1.0 where the reply ended by itself."""
     repeated: Tensor

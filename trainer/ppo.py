@@ -288,7 +288,7 @@ class PPO:
             features=features,
             values=self.value(features, batch.reply_mask),
             scores=self.ensemble(reward),
-            judged=self.judge(reward).mean(1),
+            judged=self.judge(reward),
             ended=torch.tensor([float(rollout.ended) for rollout in rollouts], device=batch.ids.device),
             repeated=torch.tensor(
                 [float(repeats(roles.decode(rollout.reply_ids))) for rollout in rollouts],
@@ -353,7 +353,8 @@ class PPO:
         return {
             "score": joined([pessimistic(part, self.settings) for part in microbatches]).mean().item(),
             "judge": judged.mean().item(),
-            "judge_error": judged.std().item() / math.sqrt(num_replies),
+            "judge_error": judged.mean(1).std().item() / math.sqrt(num_replies),
+            "judges": tuple(judged.mean(0).tolist()),
             "disagreement": joined([disagreement(part) for part in microbatches]).mean().item(),
             "kl": self._mean_kl(ppo_math.kl_k3, microbatches),
             "entropy": surprise / num_tokens,

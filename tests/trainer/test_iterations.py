@@ -1,5 +1,6 @@
 """Which policy of a run is kept, and when the run ends."""
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,11 +26,11 @@ EMPTY = Iteration(0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_an_iteration_that_an_earlier_release_stored_is_still_read() -> None:
-    now = replace(EMPTY, judge=0.5, passes=6, gap=0.003, guard=Guarded(48, 64, 0.75))
-    assert Iteration.from_dict(asdict(now)) == now
+    now = replace(EMPTY, judge=0.5, passes=6, gap=0.003, guard=Guarded(48, 64, 0.75), judges=(0.4, 0.6))
+    assert Iteration.from_dict(json.loads(json.dumps(asdict(now)))) == now
     before = asdict(now)
-    del before["passes"], before["gap"]
-    assert Iteration.from_dict(before) == replace(now, passes=0, gap=0.0)
+    del before["passes"], before["gap"], before["judges"]
+    assert Iteration.from_dict(before) == replace(now, passes=0, gap=0.0, judges=())
 
 
 def judged(*scores: float) -> list[Iteration]:
@@ -45,7 +46,13 @@ def guarded(*num_right: int, live: float = 0.75) -> list[Iteration]:
 
 
 @pytest.mark.parametrize(
-    ("scores", "kept"), [((0.0, 0.5, 0.9), 2), ((0.0, 0.9, 0.75), 2), ((0.0, 0.9, 0.6, 0.5), 1), ((0.0,), 0)]
+    ("scores", "kept"),
+    [
+        ((0.0,), 0),
+        ((0.0, 0.5, 0.9), 2),
+        ((0.0, 0.9, 0.5), 2),  # .4, less than three errors of a difference, which are .42
+        ((0.0, 0.9, 0.45, 0.4), 1),
+    ],
 )
 def test_the_last_policy_that_the_judge_does_not_call_worse_is_kept(
     scores: tuple[float, ...], kept: int
@@ -53,9 +60,28 @@ def test_the_last_policy_that_the_judge_does_not_call_worse_is_kept(
     assert choose_kept(judged(*scores)) == kept
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [
+        ((0.9, 0.9, 0.9), (0.4, 0.4, 0.4), 0),  # all heads say so, and by the replies three errors are .42
+        ((0.9, 1.3, 0.5), (0.4, 0.8, 0.0), 0),  # they differ, but not in which of the two is better
+        ((0.6, 0.9, 1.2), (0.8, 0.4, 0.0), 1),  # by other votes it would have been the other way round
+        ((), (0.8, 0.4, 0.0), 0),  # an earlier release's has no heads
+    ],
+)
+def test_a_policy_is_not_worse_that_other_votes_would_have_called_better(
+    first: tuple[float, ...], second: tuple[float, ...], kept: int
+) -> None:
+    run = [
+        replace(EMPTY, number=0, judge=0.9, judges=first),
+        replace(EMPTY, number=1, judge=0.4, judges=second),
+    ]
+    assert choose_kept(run) == kept
+
+
 def test_a_run_ends_when_the_judge_has_called_five_in_a_row_worse() -> None:
-    assert objection(judged(0.0, 0.9, 0.6, 0.5, 0.5, 0.4)) is None
-    assert objection(judged(0.0, 0.9, 0.6, 0.5, 0.5, 0.4, 0.4)) == (
+    assert objection(judged(0.0, 0.9, 0.4, 0.3, 0.3, 0.2)) is None
+    assert objection(judged(0.0, 0.9, 0.4, 0.3, 0.3, 0.2, 0.2)) == (
         "the held-out judge called 5 iterations in a row worse than the best"
     )
 

@@ -41,6 +41,7 @@ def test_the_numbers_are_ppos(roles: Roles) -> None:
     ppo = PPO(roles, head, head, prompts, SCORING, seed=0)
     theirs = ppo._measure(3, ppo._read(rollouts))
     assert mine.kl > 0.0
+    assert mine.judges == pytest.approx(theirs.pop("judges"), rel=1e-4)
     assert {name: getattr(mine, name) for name in theirs.keys() - ONLY_PPO} == pytest.approx(
         {name: value for name, value in theirs.items() if name not in ONLY_PPO}, rel=1e-4
     )
