@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,9 @@ def test_two_processes_train_what_one_would_have_trained_on_the_same_rollouts(
     outcome = ppo.train(run, tmp_path, lambda _: None)
     for alone, both in zip(outcome.iterations, together["iterations"], strict=True):
         assert (alone.guard, both.pop("guard")) == (None, None)
-        assert both | {"guard": 0} == pytest.approx(asdict(alone) | {"guard": 0}, rel=1e-4, abs=1e-5)
+        assert both.pop("judges") == pytest.approx(alone.judges, rel=1e-4, abs=1e-5)
+        numbers = {name: getattr(alone, name) for name in both}
+        assert both == pytest.approx(numbers, rel=1e-4, abs=1e-5)
     moved = sum((weights - before[name]).norm() for name, weights in run.roles.policy_state().items())
     apart = sum(
         (weights - together["policy"][name]).norm() for name, weights in run.roles.policy_state().items()
