@@ -147,9 +147,11 @@ def test_sampling_packs_the_weights_that_the_policy_has_now(tmp_path: Path) -> N
         with roles.acting_as(POLICY):
             wanted = roles.model(input_ids=ids).logits
             with packing.packed(roles.model):
-                assert any(
+                is_packed = any(
                     "packing" in getattr(module.forward, "__module__", "") for module in roles.modules()
                 )
+                # Where the CPU has no such products in bfloat16, the layers are left as they are.
+                assert is_packed == torch.ops.mkldnn._is_mkldnn_bf16_supported()
                 found = roles.model(input_ids=ids).logits
         assert (found - wanted).float().norm() <= 0.02 * wanted.float().norm()
         change(roles)

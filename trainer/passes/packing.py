@@ -44,7 +44,16 @@ def _can_pack(model: nn.Module) -> bool:
     weights = list(model.parameters())
     fits = sum(each.nbytes for each in weights) <= MOST_BYTES
     on_cpu = all(each.device.type == "cpu" for each in weights)
-    return fits and on_cpu and hasattr(torch.ops.mkldnn, PACK)
+    return fits and on_cpu and hasattr(torch.ops.mkldnn, PACK) and _takes(_compute_dtype(weights[0]))
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+
+
+def _takes(dtype: torch.dtype) -> bool:
+    """Whether packed products are there for it: in bfloat16 they need AVX-512, or AVX2 with conversions."""
+    return dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _linear_layers(module: nn.Module) -> Iterator[nn.Linear | LowRankLinear]:
@@ -57,7 +66,7 @@ def _linear_layers(module: nn.Module) -> Iterator[nn.Linear | LowRankLinear]:
 
 
 def _packed_forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    dtype = _compute_dtype(weight)
     bias = None if bias is None else bias.to(dtype)
     laid_out = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
 
