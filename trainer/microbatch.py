@@ -21,7 +21,7 @@ class Microbatch:
 
     batch: Batch
     old: Tensor
-    """The policy's log-probabilities when it sampled, by the pass that trains."""
+    """The policy's log-probabilities when it sampled, by the pass that trains, or by one that rounds as it does."""
     sampled: Tensor
     """The same by whoever sampled."""
     reference: Tensor
@@ -38,6 +38,11 @@ class Microbatch:
     """[B] 1.0 where the reply says a run of words twice."""
     advantages: Tensor
     returns: Tensor
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the sampler's word is taken for `old`."""
+        return self.old is self.sampled
 
     @property
     def mask(self) -> Tensor:

@@ -86,15 +86,26 @@ def count_floor(recipe: Recipe, prompt_tokens: float, reply_tokens: int, epochs:
     return Floor(sampling=forward, reading=2 * forward, updates=epochs * 3 * forward)
 
 
+PROBE = 256
+"""Rows of a small product by which a type is left out that is too slow to be anybody's floor."""
+HOPELESS = 20.0
+"""Times slower than float32 at it: bfloat16 where the CPU has no products for it, of which a large one takes a minute."""
+
+
 def measure_matrix_rate(size: int = 2048, repeats: int = 4) -> dict[str, float]:
-    """Operations a second of a large matrix product in float32 and in bfloat16, the best of some."""
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-        seconds = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            left @ right
-            seconds.append(time.perf_counter() - began)
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / min(seconds)
-    return rates
+    """Operations a second of a large matrix product in float32, and in bfloat16 where that is not hopeless; the best of some."""
+    likely = _product_rate(torch.bfloat16, PROBE, repeats) * HOPELESS > _product_rate(
+        torch.float32, PROBE, repeats
+    )
+    dtypes = [torch.float32, torch.bfloat16] if likely else [torch.float32]
+    return {str(dtype).removeprefix("torch."): _product_rate(dtype, size, repeats) for dtype in dtypes}
+
+
+def _product_rate(dtype: torch.dtype, size: int, repeats: int) -> float:
+    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds)

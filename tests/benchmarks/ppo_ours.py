@@ -31,9 +31,8 @@ def work(job: Job) -> Figures:
         minibatch=job.minibatch,
         max_tokens=job.reply_tokens,
     )
-    ppo = PPO(
-        roles, make_head(roles, RewardSettings().members), make_head(roles, 1), job.prompts, settings, seed=0
-    )
+    ensemble, judge = (make_head(roles, RewardSettings().members, seed) for seed in range(2))
+    ppo = PPO(roles, ensemble, judge, job.prompts, settings, seed=0)
     clock = Clock()
     for number in range(job.iterations + 1):
         check(ppo.iterate(number), job)
@@ -43,10 +42,10 @@ def work(job: Job) -> Figures:
     return Figures(clock.seconds, clock.cpu_seconds, memory.idle_mib, memory.peak_mib, trained, dtype)
 
 
-def make_head(roles: Roles, members: int) -> Head:
+def make_head(roles: Roles, members: int, seed: int) -> Head:
     """Random directions, scores of about unit variance."""
     features = num_features(roles.hidden_size)
-    weight = torch.randn(features, members, generator=torch.Generator().manual_seed(members))
+    weight = torch.randn(features, members, generator=torch.Generator().manual_seed(seed))
     return Head(torch.ones(features), weight / features, torch.zeros(members), torch.ones(members))
 
 

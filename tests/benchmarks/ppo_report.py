@@ -18,11 +18,12 @@ Both: sample the reply, log-probabilities of policy and reference, scores, value
 AdamW, the same adapter on the same base. Every reply has its full length: the model cannot end one.
 
 - *Reward.* TRL's reward model is a sequence classifier, a copy of the base with a scalar head on the last token's last hidden state:
-  a pass of its own. Ratchet's are 33 linear heads (an ensemble of 32 and the judge) on the reply's mean last hidden state
+  a pass of its own. Ratchet's are 64 linear heads (an ensemble and the judge) on the reply's mean last hidden state
   and likelihoods, of the pass that the reference makes anyway. Both score on last hidden states of the same size.
 - *Value.* TRL trains a second copy of the base, forward and backward in every update. Ratchet's is linear in the reference's
   states, fit by least squares once an iteration.
-- *Old log-probabilities.* TRL keeps those of the sampler; Ratchet makes another pass, so that the first ratio is exactly 1.
+- *Old log-probabilities.* TRL keeps those of the sampler. Ratchet makes another pass in bfloat16, so that the first ratio is exactly
+  1; in float32 over one microbatch, and where that shows no more than rounding the sampler's are kept as well.
 - *Padding.* TRL pads every prompt of a batch to the longest one; Ratchet sorts by length.
 - *Measuring.* Ratchet alone looks for repetition in the replies and asks the judge; TRL alone measures entropy in every update.
 

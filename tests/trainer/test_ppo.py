@@ -72,7 +72,7 @@ def test_a_reward_is_learnt_and_the_anchor_stays_as_it_is(roles: Roles, tmp_path
         name: weights.clone() for name, weights in roles.model.named_parameters() if ".policy." not in name
     }
     outcome = ppo.train(start(roles), tmp_path / "checkpoints", lambda _: None)
-    assert outcome.iterations[0].kl == 0.0
+    assert outcome.iterations[0].kl == pytest.approx(0.0, abs=1e-6)
     assert outcome.iterations[-1].score > outcome.iterations[0].score + 0.3
     assert outcome.iterations[-1].kl > 0.01
     assert all(
@@ -164,6 +164,29 @@ def test_what_is_sampled_here_cannot_be_stale_and_no_gap_ends_the_run(roles: Rol
     run.fleet = HalfFleet()
     with pytest.raises(GapTooWide):
         run.iterate(1)
+
+
+@pytest.mark.usefixtures("_exact")
+def test_the_samplers_word_is_taken_where_it_rounds_as_the_trainer_does(roles: Roles) -> None:
+    run = start(roles)
+    rollouts = run._sample_here([*run.prompts] * 32)
+    first, *others = run._read(rollouts, sampled_here=True)
+    assert others
+    assert all(part.trusted for part in others)
+    assert not first.trusted  # one microbatch is always looked at
+    assert not any(part.trusted for part in run._read(rollouts))
+    for part in others:
+        again = roles.logprobs(part.batch).detach()
+        torch.testing.assert_close(part.old, again, atol=1e-4, rtol=0.0)
+    assert run._measure(0, [first, *others])["gap"] == run._gap([first]) > 0.0
+
+
+@pytest.mark.usefixtures("_exact")
+def test_its_word_is_not_taken_where_it_is_off(roles: Roles) -> None:
+    run = start(roles)
+    rollouts = run._sample_here([*run.prompts] * 32)
+    off = [replace(each, logprobs=[found - 0.001 for found in each.logprobs]) for each in rollouts]
+    assert not any(part.trusted for part in run._read(off, sampled_here=True))
 
 
 @pytest.mark.usefixtures("_exact")

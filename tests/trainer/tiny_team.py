@@ -99,9 +99,9 @@ def _count_sampled(patch: pytest.MonkeyPatch, sampled: list[int]) -> None:
 def _keep_read(patch: pytest.MonkeyPatch, read: list[list[Rollout]]) -> None:
     reading = PPO._read
 
-    def keeping(self: PPO, rollouts: Any) -> Any:
+    def keeping(self: PPO, rollouts: Any, sampled_here: bool) -> Any:
         read.append(list(rollouts))
-        return reading(self, rollouts)
+        return reading(self, rollouts, sampled_here)
 
     patch.setattr(PPO, "_read", keeping)
 

@@ -68,8 +68,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # several heads ask the same keys
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    # A single token asks: not by a matrix product, which copies keys out of a larger cache, and has a kernel for each length.
-    one = query.shape[2] == 1
+    # A single token asks: not by bfloat16's matrix product, which copies keys out of a larger cache, and has a kernel for each length.
+    one = query.shape[2] == 1 and query.dtype is torch.bfloat16
     scores = (key * query).sum(-1)[:, :, None] if one else query @ key.mT
     if mask is not None and mask.dtype is torch.bool:
         # Not minus infinity: a row of padding sees nothing at all.

@@ -90,5 +90,6 @@ class _LowRank(torch.autograd.Function):
         x, channels, weight, down, up = ctx.saved_tensors
         grad_channels = (grad @ up).mul_(ctx.scaling)
         grad_x = (grad @ weight).addmm_(grad_channels, down) if ctx.needs_input_grad[0] else None
-        grad_up = (channels.T @ grad).mul_(ctx.scaling).T
-        return grad_x, None, None, (grad_channels.T @ x).float(), grad_up.float(), None
+        # In this order: the other one, which need not be turned over afterwards, takes a quarter longer.
+        grad_down, grad_up = (x.T @ grad_channels).T, (grad.T @ channels).mul_(ctx.scaling)
+        return grad_x, None, None, grad_down.float(), grad_up.float(), None
