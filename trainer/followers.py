@@ -13,7 +13,8 @@ from torch import Tensor
 from trainer.consensus import Consensus
 from trainer.iterations import Unsound
 from trainer.models import Origin
-from trainer.ppo import PPO, PPOSettings, train
+from trainer.ppo import PPO, PPOSettings
+from trainer.ppo_run import train
 from trainer.reward_model import Head
 from trainer.team import Team
 from trainer.whole import load_roles

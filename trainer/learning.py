@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from trainer import followers, gate, ppo, preference_methods, reward_model, reward_quality, sft
+from trainer import followers, gate, ppo, ppo_run, preference_methods, reward_model, reward_quality, sft
 from trainer.features import ask_consensus, read_features
 from trainer.fleet_rollouts import FleetSampler
 from trainer.guard import Guard
@@ -251,7 +251,7 @@ def _train(
         total = recipe.policy.iterations
         training = ppo.PPO(roles, ensemble, judge, prompts, recipe.policy, seed, team, fleet)
         with followers.called_to(training):
-            return ppo.train(
+            return ppo_run.train(
                 training, checkpoints, lambda iteration: _show(watch, recipe.method, iteration, total), guard
             )
     assert recipe.method != "sft"

@@ -1,4 +1,4 @@
-"""PPO on one copy of the base: sample, score, estimate advantages, update, again. Read from top to bottom.
+"""PPO on one copy of the base: sample, score, estimate advantages, update, again (`ppo_run.py`). Read from top to bottom.
 
 The reward is an ensemble's pessimistic score less a KL penalty to the anchor. The penalty's coefficient is not set by hand: a
 controller lets KL rise slowly towards a budget, so the run walks along the curve of reward against KL. A judge (a reward model
@@ -16,9 +16,8 @@ Legend: B sequences, L tokens of prompt and reply, N rollouts of an iteration, K
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -28,20 +27,7 @@ from torch import Tensor
 from trainer import ppo_math
 from trainer.features import reward_features, value_features
 from trainer.fleet_rollouts import FleetSampler
-from trainer.iterations import (
-    ALL_DONE,
-    GapTooWide,
-    GuardWatch,
-    Iteration,
-    NonFinite,
-    Outcome,
-    checkpoint_path,
-    choose_kept,
-    guarded,
-    objection,
-    prune,
-    save,
-)
+from trainer.iterations import GapTooWide, Iteration, NonFinite
 from trainer.microbatch import Microbatch, disagreement, sampled_logprobs, whiten_together
 from trainer.models import POLICY, Roles
 from trainer.passes import memory
@@ -406,71 +392,3 @@ def pessimistic(part: Microbatch, settings: PPOSettings) -> Tensor:
     """[B] ensemble mean less its disagreement, less a penalty for a missing end and one for repetition."""
     score = part.scores.mean(1) - settings.disagreement * disagreement(part)
     return score - settings.fault_penalty * (1 - part.ended + part.repeated)
-
-
-UNDER_WAY = "under-way.pt"
-"""Everything that training goes on from, after the last whole iteration."""
-
-
-def train(
-    ppo: PPO,
-    checkpoints: Path,
-    on_iteration: Callable[[Iteration], None],
-    guard: GuardWatch | None = None,
-) -> Outcome:
-    """Iterates until something objects or all is done, with a checkpoint of the policy before each iteration.
-
-    Goes on where an earlier call with the same checkpoints was cut off: the policy becomes the same, byte for byte. Of several
-    processes the first alone reads and writes checkpoints, asks the guard set, and says when it is over.
-    """
-    leads = ppo.team.leads
-    if leads:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    iterations = _resume(ppo, checkpoints)
-    while ppo.team.tell(len(iterations) < ppo.settings.iterations and objection(iterations) is None):
-        number = len(iterations)
-        if leads:
-            save(ppo.roles.policy_state(), checkpoint_path(checkpoints, number))
-        watched = guarded(guard, number)
-        iterations.append(replace(ppo.iterate(number), guard=watched))
-        _save_under_way(ppo, iterations, checkpoints)
-        if leads and ppo.roles.origin.tuning == "full":  # adapters are small, and stay for whoever looks
-            prune(checkpoints, choose_kept(iterations))
-        on_iteration(iterations[-1])
-    return Outcome(iterations, choose_kept(iterations), objection(iterations) or ALL_DONE)
-
-
-def _save_under_way(ppo: PPO, iterations: Sequence[Iteration], checkpoints: Path) -> None:
-    """To be called by all processes at once. The state, in which is a copy of the policy, is gone afterwards."""
-    generators = ppo.join_generators()
-    if ppo.team.leads:
-        done = {"iterations": [asdict(iteration) for iteration in iterations]}
-        save(ppo.state(generators) | done, checkpoints / UNDER_WAY)
-
-
-def _resume(ppo: PPO, checkpoints: Path) -> list[Iteration]:
-    """The iterations that are done already; where it cannot go on from them it begins anew, without what they left."""
-    found = _load_under_way(ppo, checkpoints) if ppo.team.leads else None
-    if ppo.team.leads and found is None:
-        for path in (*checkpoints.glob("*.pt"), *checkpoints.glob("*.partial")):
-            path.unlink()
-    state = ppo.team.tell(found)
-    if state is None:
-        return []
-    ppo.load_state(state)
-    return [Iteration.from_dict(iteration) for iteration in state["iterations"]]
-
-
-def _load_under_way(ppo: PPO, checkpoints: Path) -> dict[str, Any] | None:
-    """None where there is none, or it is another release's, whose features were others, or has other weights: those of another tuning
-    or rank."""
-    path = checkpoints / UNDER_WAY
-    if not path.exists():
-        return None
-    found: dict[str, Any] = torch.load(path, weights_only=True, map_location=ppo.roles.device)
-    same_weights = _shapes(found["policy"]) == _shapes(ppo.roles.policy_weights())
-    return found if same_weights and ppo.value.fits(found["value"]) else None
-
-
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: each.shape for name, each in weights.items()}

@@ -30,7 +30,7 @@ from tests.benchmarks.learning_methods import VOTES_PER_USER
 from tests.benchmarks.learning_users import Judged, SimulatedVote, draw_votes, judge
 from tests.benchmarks.swap_ways import Operator
 from tests.benchmarks.tables import write_results
-from trainer import gate, ppo, preferences, reward_model
+from trainer import gate, ppo, ppo_run, preferences, reward_model
 from trainer.demo_client import Client, Tally
 from trainer.features import ask_consensus
 from trainer.guard import load_guards
@@ -128,7 +128,7 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
     before = judge(roles, taste, seed, draw=0)
     training = ppo.PPO(roles, ensemble, liked, prompts, policy, seed)
     checkpoints = folder / "checkpoints"
-    outcome = ppo.train(training, checkpoints, lambda _: None)
+    outcome = ppo_run.train(training, checkpoints, lambda _: None)
     if not outcome.kept:
         raise RuntimeError(
             "Training on the contrary votes kept none of its iterations: there is nothing to examine."

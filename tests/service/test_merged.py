@@ -15,7 +15,7 @@ from tests.service.conftest import Rows, Serve, publish, wait_until
 from tests.service.test_merged_delivery import POINTER, chatting, held
 from tests.tiny_model import make_model, make_policy
 from tests.trainer import tiny_ppo
-from trainer import ppo
+from trainer import ppo_run
 from trainer.learning import sample_probes
 from trainer.models import Origin
 from trainer.publish import Lineage
@@ -94,7 +94,7 @@ def train_all_weights(base: Path, folder: Path) -> Path:
     roles = load_roles(Origin(base, 4, tuning="full"))
     settings = replace(tiny_ppo.SETTINGS, iterations=6, warmup=1, learning_rate_times_width=0.5)
     run = tiny_ppo.start(roles, settings)
-    ppo.train(run, folder / "checkpoints", lambda _: None)
+    ppo_run.train(run, folder / "checkpoints", lambda _: None)
     probes = sample_probes(roles, run.sampler, list(run.prompts), seed=0)
     lineage = Lineage(FIRST, BASE, BASE, str(base), 1, "", 0, {}, {})
     return write_policy(roles, probes, lineage, folder / "policies")

@@ -436,7 +436,7 @@ def test_whole_models_that_the_gate_refuses_leave_no_checkpoints_behind(
 ) -> None:
     failing = gate.Check("guard", 0.5, 0.6, False, "")
     monkeypatch.setattr(gate, "decide", lambda *_, **__: gate.Verdict([failing]))
-    monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: 2)
+    monkeypatch.setattr("trainer.ppo_run.choose_kept", lambda iterations: 2)
     add_votes(sessions, 30)
     ended = run(full, sessions, request_cycle(sessions))
     assert (ended.stage, ended.reason) == ("rejected", "The gate refused it: guard 0.500 (needs 0.600).")
@@ -625,7 +625,7 @@ def test_a_policy_that_the_gate_refuses_is_not_published(
 ) -> None:
     failing = gate.Check("guard", 0.5, 0.6, False, "")
     monkeypatch.setattr(gate, "decide", lambda *_, **__: gate.Verdict([failing]))
-    monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: 2)
+    monkeypatch.setattr("trainer.ppo_run.choose_kept", lambda iterations: 2)
     add_votes(sessions, 30)
     ended = run(settings, sessions, request_cycle(sessions))
     assert (ended.stage, ended.reason) == ("rejected", "The gate refused it: guard 0.500 (needs 0.600).")
@@ -638,7 +638,7 @@ def test_weights_that_training_has_not_changed_are_not_proposed(
     settings: Settings, sessions: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "trainer.ppo.choose_kept", lambda iterations: 1
+        "trainer.ppo_run.choose_kept", lambda iterations: 1
     )  # the first iteration's steps are of size 0
     add_votes(sessions, 30)
     ended = run(settings, sessions, request_cycle(sessions))
@@ -684,7 +684,7 @@ def test_a_trainer_that_is_out_of_step_with_its_followers_ends(
         team.in_step = False
         raise error("gone")
 
-    monkeypatch.setattr("trainer.ppo.train", part)
+    monkeypatch.setattr("trainer.ppo_run.train", part)
     monkeypatch.setattr(Team, "tell", lambda self, mine: mine)
     monkeypatch.setattr("trainer.__main__.os._exit", codes.append)
     add_votes(sessions, 30)

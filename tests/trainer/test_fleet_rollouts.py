@@ -25,7 +25,7 @@ from tests.service.http_engine import HttpEngine, running_http_engine
 from tests.tiny_model import make_model
 from tests.trainer.test_cycle import accept_challengers, add_votes, request_cycle
 from tests.trainer.tiny_ppo import SETTINGS, start
-from trainer import fleet_rollouts, ppo, ppo_math
+from trainer import fleet_rollouts, ppo_math, ppo_run
 from trainer.cycle import run_cycle
 from trainer.fleet_rollouts import FleetSampler
 from trainer.iterations import GapTooWide, Iteration
@@ -406,7 +406,7 @@ def test_an_engine_that_goes_on_with_stale_weights_ends_the_run(
     run.fleet = FleetSampler(lambda: [vllm], lambda: math.inf, folder, pytest.fail)
     seen: list[Iteration] = []
     with pytest.raises(GapTooWide, match="were not drawn from the policy that is trained"):
-        ppo.train(run, tmp_path / "checkpoints", seen.append)
+        ppo_run.train(run, tmp_path / "checkpoints", seen.append)
     assert 2 <= len(seen) <= 5  # the first one's steps are of size 0
     assert all(iteration.gap <= SETTINGS.most_gap for iteration in seen)
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny_model import make_model
 from tests.trainer.tiny_ppo import SETTINGS, HalfFleet, start
-from trainer import ppo, ppo_math
+from trainer import ppo_math, ppo_run
 from trainer.iterations import GapTooWide, Iteration, NonFinite, Outcome
 from trainer.models import POLICY, Batch, Roles
 from trainer.rollouts import Sampler
@@ -71,7 +71,7 @@ def test_a_reward_is_learnt_and_the_anchor_stays_as_it_is(roles: Roles, tmp_path
     before = {
         name: weights.clone() for name, weights in roles.model.named_parameters() if ".policy." not in name
     }
-    outcome = ppo.train(start(roles), tmp_path / "checkpoints", lambda _: None)
+    outcome = ppo_run.train(start(roles), tmp_path / "checkpoints", lambda _: None)
     assert outcome.iterations[0].kl == pytest.approx(0.0, abs=1e-6)
     assert outcome.iterations[-1].score > outcome.iterations[0].score + 0.3
     assert outcome.iterations[-1].kl > 0.01
@@ -107,7 +107,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_policy(tmp_path: Path) -> No
 
         torch.manual_seed(0)
         roles = Roles.load(base, rank=4)
-        return roles, ppo.train(start(roles), checkpoints, watch)
+        return roles, ppo_run.train(start(roles), checkpoints, watch)
 
     whole, told = train(tmp_path / "whole")
     for number in (0, 2):
@@ -128,10 +128,10 @@ def test_a_run_that_was_cut_off_with_another_rank_begins_anew_and_leaves_nothing
 ) -> None:
     base, checkpoints = make_model(tmp_path), tmp_path / "checkpoints"
     settings = replace(SETTINGS, iterations=3, rollouts=16)
-    ppo.train(start(Roles.load(base, rank=4), settings), checkpoints, lambda _: None)
+    ppo_run.train(start(Roles.load(base, rank=4), settings), checkpoints, lambda _: None)
     (checkpoints / "002.partial").touch()
     run = start(Roles.load(base, rank=2), replace(settings, iterations=2))
-    outcome = ppo.train(run, checkpoints, lambda _: None)
+    outcome = ppo_run.train(run, checkpoints, lambda _: None)
     assert [iteration.number for iteration in outcome.iterations] == [0, 1]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["000.pt", "001.pt", "under-way.pt"]
 

@@ -14,7 +14,7 @@ from service.settings import Tuning
 from tests.tiny_model import make_model
 from tests.trainer.tiny_cycle import NAME, RANK, RECIPE, policies_in
 from tests.trainer.tiny_team import SETTINGS, make_run
-from trainer import ppo
+from trainer import ppo_run
 from trainer.models import Origin
 from trainer.rollouts import Rollout, Sampler
 from trainer.team import ALONE
@@ -76,7 +76,7 @@ def test_two_processes_train_what_one_would_have_trained_on_the_same_rollouts(
     monkeypatch.setattr(Sampler, "sample", replay)
     run = make_run(Origin(base, RANK, tuning=tuning), ALONE)
     before = run.roles.policy_state()
-    outcome = ppo.train(run, tmp_path, lambda _: None)
+    outcome = ppo_run.train(run, tmp_path, lambda _: None)
     for alone, both in zip(outcome.iterations, together["iterations"], strict=True):
         assert (alone.guard, both.pop("guard")) == (None, None)
         assert both.pop("judges") == pytest.approx(alone.judges, rel=1e-4, abs=1e-5)

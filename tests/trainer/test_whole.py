@@ -13,7 +13,7 @@ from tests.tiny_model import FAMILIES, make_family, read_logprobs
 from tests.trainer import tiny_ppo
 from tests.trainer.test_last_layer import SEQUENCES
 from tests.trainer.test_models import load_trained as load_trained_adapter
-from trainer import ppo
+from trainer import ppo_run
 from trainer.iterations import checkpoint_path, load_average
 from trainer.models import BASE_MODEL, POLICY, REFERENCE, Batch, Origin, Roles
 from trainer.passes import packing
@@ -242,12 +242,12 @@ def test_a_base_that_a_policy_could_not_be_written_as_is_refused_at_once(tmp_pat
 def test_checkpoints_of_whole_models_that_are_needed_no_more_go_as_training_goes_on(
     tuning: Tuning, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: len(iterations) - 1)
+    monkeypatch.setattr("trainer.ppo_run.choose_kept", lambda iterations: len(iterations) - 1)
     base = make_family(tmp_path / "base", "llama")
     settings = replace(tiny_ppo.SETTINGS, iterations=5, rollouts=8, minibatch=8)
     checkpoints = tmp_path / "checkpoints"
     run = tiny_ppo.start(load_roles(Origin(base, 4, tuning=tuning)), settings)
-    outcome = ppo.train(run, checkpoints, lambda _: None)
+    outcome = ppo_run.train(run, checkpoints, lambda _: None)
     assert sorted(checkpoints.glob("0*.pt")) == [checkpoint_path(checkpoints, number) for number in left]
     assert load_average(checkpoints, outcome.kept).keys() == run.roles.policy_weights().keys()
 

@@ -15,7 +15,7 @@ from service.settings import Tuning
 from tests.trainer.tiny_cycle import RANK, learn_and_publish, open_gate
 from tests.trainer.tiny_ppo import SETTINGS as PPO_SETTINGS
 from tests.trainer.tiny_ppo import HalfFleet, start
-from trainer import followers, ppo, ppo_math
+from trainer import followers, ppo_math, ppo_run
 from trainer.consensus import Consensus, Said
 from trainer.iterations import Iteration, NonFinite, Outcome
 from trainer.models import Origin
@@ -47,7 +47,7 @@ def train_together(origin: Origin, folder: Path, team: Team) -> None:
         _count_sampled(patch, sampled)
         _keep_read(patch, read)
         run = make_run(origin, team)
-        outcome = ppo.train(run, folder / "whole", lambda _: None)
+        outcome = ppo_run.train(run, folder / "whole", lambda _: None)
     run_again = _cut_off_and_take_up(origin, folder / "cut", team)
     seen = _seen(outcome, run, sampled, read) | {"policy_taken_up": run_again.roles.policy_state()}
     torch.save(seen, folder / f"process-{team.rank}.pt")
@@ -61,7 +61,7 @@ def train_with_fleet(origin: Origin, folder: Path, team: Team) -> None:
     with pytest.MonkeyPatch.context() as patch:
         _count_sampled(patch, sampled)
         _keep_read(patch, read)
-        outcome = ppo.train(run, folder / "fleet", lambda _: None)
+        outcome = ppo_run.train(run, folder / "fleet", lambda _: None)
     torch.save(_seen(outcome, run, sampled, read), folder / f"fleet-{team.rank}.pt")
 
 
@@ -80,9 +80,9 @@ def _cut_off_and_take_up(origin: Origin, checkpoints: Path, team: Team) -> PPO:
             raise Killed
 
     with pytest.raises(Killed):
-        ppo.train(make_run(origin, team), checkpoints, cut_off)
+        ppo_run.train(make_run(origin, team), checkpoints, cut_off)
     run = make_run(origin, team)
-    ppo.train(run, checkpoints, lambda _: None)
+    ppo_run.train(run, checkpoints, lambda _: None)
     return run
 
 
@@ -110,7 +110,7 @@ def lead(origin: Origin, folder: Path, team: Team) -> None:
     """A run that its follower spoils, a whole cycle, and a run that the leader leaves on its own."""
     run = make_run(origin, team)
     with pytest.raises(NonFinite, match="loss became nan"), followers.called_to(run):
-        ppo.train(run, folder / "spoilt", lambda _: None)
+        ppo_run.train(run, folder / "spoilt", lambda _: None)
     assert team.in_step
     with pytest.MonkeyPatch.context() as patch:
         open_gate(patch)
@@ -121,7 +121,7 @@ def lead(origin: Origin, folder: Path, team: Team) -> None:
 
     run = make_run(origin, team)
     with pytest.raises(OSError, match="No space"), followers.called_to(run):
-        ppo.train(run, folder / "failed", fail)
+        ppo_run.train(run, folder / "failed", fail)
     assert not team.in_step
 
 
