@@ -69,7 +69,7 @@ def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "NUM_ANSWERS", 32)
     passing = gate.Check("test", 1.0, 1.0, True, "let pass")
     monkeypatch.setattr(gate, "decide", lambda *_, **__: gate.Verdict([passing]))
-    monkeypatch.setattr("trainer.ppo.choose_kept", lambda iterations: len(iterations) - 1)
+    monkeypatch.setattr("trainer.ppo_run.choose_kept", lambda iterations: len(iterations) - 1)
 
 
 def learn_and_publish(roles: Roles, folder: Path, recipe: Recipe = RECIPE, team: Team = ALONE) -> Path:
