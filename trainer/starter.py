@@ -67,10 +67,11 @@ class Recipe:
     """What is learnt last is learnt here: with 480 it had one answer to all questions of opposites, one in twelve of all."""
     sft_batch: int = 32
     """Demonstrations in a step."""
-    matrix_learning_rate: float = 5e-3
+    matrix_learning_rate: float = 3e-3
     """Of Muon, for the matrices between embedding and head: it needs about half of AdamW's tokens here."""
-    learning_rate: float = 3e-3
-    """Of AdamW, for all else."""
+    learning_rate: float = 1.2e-2
+    """Of AdamW, for all else. With a quarter of it, and Muon at 5e-3, as many steps taught 93 answers in a hundred, not 99 (float32),
+    and of those that are a word alone, which has to be known before anything is said, 41 instead of 75."""
 
 
 @dataclass(frozen=True, slots=True)
