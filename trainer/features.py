@@ -4,7 +4,7 @@ Of a reply: the sum of its input embeddings (which words are there; by their mea
 mean of its last hidden states (what is said with them), how likely the anchor found it, and how far it says what the anchor says
 when it is surest (a right answer is a likely one, and most of those, also to a model that often says the wrong one).
 
-Legend: B sequences, L tokens, H hidden size, F = 2 H + 6 features of a reply, G = F + H + 1 of a prefix, N replies.
+Legend: B sequences, L tokens, H hidden size, F = 2 H + 4 features of a reply, G = F + H + 1 of a prefix, N replies.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from trainer.consensus import Asked, Consensus
 from trainer.models import REFERENCE, Reading, Roles
 from trainer.rollouts import Sampler
 
-NUM_PLAIN = 6
-"""Features that are few and mean something by themselves: sum, mean and least of the log-probabilities, recall and precision of what
-the anchor says when it is surest, and, last, the length."""
+NUM_PLAIN = 4
+"""Features that are few and mean something by themselves: the reply's log-probability, recall and precision of what the anchor says
+when it is surest, and, last, the length."""
 AGREEMENT = slice(-3, -1)
 """Recall and precision among the features."""
 ANSWERS = 8
@@ -63,11 +63,8 @@ def reward_features(reading: Reading, mask: Tensor) -> Tensor:
     length = mask.sum(1, keepdim=True).clamp(min=1)
     words = (reading.words * mask[..., None]).sum(1)
     states = (reading.states * mask[..., None]).sum(1) / length
-    total = reading.logprobs.sum(1, keepdim=True)
-    least = reading.logprobs.min(1, keepdim=True).values
-    return torch.cat(
-        [words, states, total, total / length, least, agreement(reading.said.sum(1)), length], dim=1
-    )
+    likelihood = reading.logprobs.sum(1, keepdim=True)
+    return torch.cat([words, states, likelihood, agreement(reading.said.sum(1)), length], dim=1)
 
 
 def agreement(said: Tensor) -> Tensor:
@@ -100,15 +97,12 @@ def value_features(reading: Reading, mask: Tensor) -> Tensor:
     """[B, L, G]: at token i, `reward_features` of the reply's tokens before i, the hidden state at i - 1, and 1.0."""
     words, states = reading.words * mask[..., None], reading.states * mask[..., None]
     count = mask.cumsum(1)
-    total = reading.logprobs.cumsum(1)
     divisor = count.clamp(min=1)
     so_far = torch.cat(
         [
             words.cumsum(1),
             states.cumsum(1) / divisor[..., None],
-            total[..., None],
-            (total / divisor)[..., None],
-            reading.logprobs.cummin(1).values[..., None],
+            reading.logprobs.cumsum(1)[..., None],
             agreement(reading.said.cumsum(1)),
             count[..., None],
             reading.states,

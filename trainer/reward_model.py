@@ -23,7 +23,7 @@ from trainer.features import AGREEMENT, NUM_PLAIN, read_features
 from trainer.models import Roles
 from trainer.preferences import Preferences
 
-PLAIN_PRIOR = 6.0
+PLAIN_PRIOR = 3.0
 """How much less the plain features are shrunk than the others: they are few, and known to matter."""
 STATES_PRIOR = 0.5
 """How much more the mean hidden states are shrunk than the words: there are as many, and on their own they say less. On votes that
