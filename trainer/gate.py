@@ -14,6 +14,7 @@ Legend: N replies to held-out prompts, G guard prompts.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class Examination:
     """Prompts and a judge, the same for every policy that is compared.
 
     Made while the policy in `roles` is the live one, which is asked then, as the anchor is: `live`, and `anchor_right`, [G] share of
-    its right replies to each guard prompt. `chosen_length`: mean tokens of the held-out replies that users preferred.
+    its right replies to each guard prompt. `chosen_length`: mean tokens of the replies that users preferred.
     """
 
     def __init__(
@@ -112,18 +113,20 @@ class Examination:
         judge: Head | None,
         sampler: Sampler,
         prompts: Sequence[list[int]],
+        votes: Sequence[Pair],
         held_out: Sequence[Pair],
         guards: Sequence[Guard],
         seed: int,
     ) -> None:
-        """sampler: as users are answered. held_out: votes, of which it is told how far a policy agrees with them."""
+        """sampler: as users are answered. votes: all, which say how long a reply may be. held_out: those that training does not
+        see, of which it is told how far a policy agrees with them.
+        """
         self._roles = roles
         self._judge = judge
         self._sampler = sampler
         self._prompts = [*prompts] * math.ceil(NUM_ANSWERS / max(1, len(prompts)))
         self._decided = [pair for pair in held_out if pair.decided]
-        chosen_tokens = sum(len(_chosen(pair)) for pair in self._decided)
-        self.chosen_length = chosen_tokens / max(1, len(self._decided))
+        self.chosen_length = fmean([len(_chosen(pair)) for pair in votes if pair.decided] or [0])
         self._guards = guards
         self._seed = seed
         self.live = self.ask()

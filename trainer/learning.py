@@ -134,7 +134,9 @@ def learn(
     served = replace(sampler, min_p=recipe.served_min_p)  # the gate sees what users would see
     held_out = rewards.held_out.pairs
     prompts = [pair.prompt for pair in held_out]
-    examination = gate.Examination(roles, rewards.judge, served, prompts, held_out, guards, seed)
+    examination = gate.Examination(
+        roles, rewards.judge, served, prompts, preferences.pairs, held_out, guards, seed
+    )
     guard = examination.guard_set()
     outcome = _train(
         roles, rewards, preferences.prompts, recipe, seed, checkpoints, watch, guard, team, fleet

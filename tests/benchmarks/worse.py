@@ -123,7 +123,14 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
     _, true_judge = fit(given)
     shown = [pair.prompt for pair in given.held_out.pairs]
     examination = gate.Examination(
-        roles, true_judge, served, shown, given.held_out.pairs, load_guards(None, starter), seed
+        roles,
+        true_judge,
+        served,
+        shown,
+        [*given.train.pairs, *given.held_out.pairs],
+        given.held_out.pairs,
+        load_guards(None, starter),
+        seed,
     )
     before = judge(roles, taste, seed, draw=0)
     training = ppo.PPO(roles, ensemble, liked, prompts, policy, seed)
