@@ -126,7 +126,7 @@ class Examination:
         self._sampler = sampler
         self._prompts = [*prompts] * math.ceil(NUM_ANSWERS / max(1, len(prompts)))
         self._decided = [pair for pair in held_out if pair.decided]
-        self.chosen_length = fmean([len(_chosen(pair)) for pair in votes if pair.decided] or [0])
+        self.chosen_length = mean_chosen_length(votes)
         self._guards = guards
         self._seed = seed
         self.live = self.ask()
@@ -345,6 +345,11 @@ def _preference(roles: Roles, pairs: Sequence[Pair]) -> Tensor:
         return torch.cat(parts) if parts else torch.zeros(0)
 
     return total(_chosen) - total(_rejected)
+
+
+def mean_chosen_length(pairs: Sequence[Pair]) -> float:
+    """Tokens of the replies that users preferred; 0.0 where they preferred none."""
+    return fmean([len(_chosen(pair)) for pair in pairs if pair.decided] or [0.0])
 
 
 def _chosen(pair: Pair) -> list[int]:

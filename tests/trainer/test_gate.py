@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from service.errors import SettingsError
-from trainer.gate import Sample, decide, decide_anchor
+from trainer.gate import Sample, decide, decide_anchor, mean_chosen_length
 from trainer.guard import Guard, load_guards
+from trainer.preferences import Pair, Source
 
 LIVE = Sample(
     judged=torch.linspace(-1, 1, 100),
@@ -34,6 +35,18 @@ def test_replies_may_become_twice_as_long_as_lives_or_as_those_that_users_chose(
     longer = replace(BETTER, length=23.0)
     assert failed(longer) == []
     assert not decide(longer, LIVE, ANCHOR_RIGHT, 9.0, 5.0, finite=True).passed
+
+
+def test_the_length_that_users_chose_is_that_of_preferred_replies_alone() -> None:
+    source = Source("1", "prompt", "user")
+    short, long, longest = [1] * 4, [1] * 8, [1] * 60
+    pairs = [
+        Pair([1], short, longest, 1.0, source),
+        Pair([1], short, long, 0.0, source),
+        Pair([1], longest, longest, 0.5, source),
+    ]
+    assert mean_chosen_length(pairs) == 6.0
+    assert mean_chosen_length(pairs[2:]) == 0.0
 
 
 def guard_shares(right: int) -> torch.Tensor:
