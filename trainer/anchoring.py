@@ -73,7 +73,7 @@ def learn_anchor(
 
     watch.enter("training")
     shown = [each.prompt for each in held_out]
-    examination = gate.Examination(roles, judge, served, shown, votes.pairs, votes.pairs, guards, seed)
+    examination = gate.Examination(roles, judge, served, shown, votes.pairs, guards, seed)
     before = sft.measure_logprobs(roles, held_out)
     tuned = sft.train(
         roles,

@@ -104,7 +104,7 @@ class Examination:
     """Prompts and a judge, the same for every policy that is compared.
 
     Made while the policy in `roles` is the live one, which is asked then, as the anchor is: `live`, and `anchor_right`, [G] share of
-    its right replies to each guard prompt. `chosen_length`: mean tokens of the replies that users preferred.
+    its right replies to each guard prompt.
     """
 
     def __init__(
@@ -113,20 +113,16 @@ class Examination:
         judge: Head | None,
         sampler: Sampler,
         prompts: Sequence[list[int]],
-        votes: Sequence[Pair],
         held_out: Sequence[Pair],
         guards: Sequence[Guard],
         seed: int,
     ) -> None:
-        """sampler: as users are answered. votes: all, which say how long a reply may be. held_out: those that training does not
-        see, of which it is told how far a policy agrees with them.
-        """
+        """sampler: as users are answered. held_out: votes, of which it is told how far a policy agrees with them."""
         self._roles = roles
         self._judge = judge
         self._sampler = sampler
         self._prompts = [*prompts] * math.ceil(NUM_ANSWERS / max(1, len(prompts)))
         self._decided = [pair for pair in held_out if pair.decided]
-        self.chosen_length = mean_chosen_length(votes)
         self._guards = guards
         self._seed = seed
         self.live = self.ask()
@@ -157,10 +153,10 @@ class Examination:
             preference=_preference(roles, self._decided),
         )
 
-    def compare(self, candidate: Sample, kl_budget: float) -> Verdict:
+    def compare(self, candidate: Sample, chosen_length: float, kl_budget: float) -> Verdict:
         """What `decide` says of the policy that `roles` hold now. candidate: what it answered."""
         finite = self._roles.is_finite()
-        return decide(candidate, self.live, self.anchor_right, self.chosen_length, kl_budget, finite)
+        return decide(candidate, self.live, self.anchor_right, chosen_length, kl_budget, finite)
 
     def guard_set(self) -> "GuardSet | None":
         """To be watched in training; None where there are no guard prompts."""
@@ -234,7 +230,9 @@ def decide(
     kl_budget: float,
     finite: bool,
 ) -> Verdict:
-    """Compares candidate and live. anchor_right, chosen_length: as `Examination` has them."""
+    """Compares candidate and live. anchor_right: as `Examination` has it. chosen_length: mean tokens of the replies that users
+    preferred, in all votes.
+    """
     gain = _lower_bound(candidate.judged - live.judged)
     checks = [
         _above(JUDGE, gain, 0.0, "gain by the held-out judge, lower 95 % bound"),

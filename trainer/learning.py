@@ -134,9 +134,7 @@ def learn(
     served = replace(sampler, min_p=recipe.served_min_p)  # the gate sees what users would see
     held_out = rewards.held_out.pairs
     prompts = [pair.prompt for pair in held_out]
-    examination = gate.Examination(
-        roles, rewards.judge, served, prompts, preferences.pairs, held_out, guards, seed
-    )
+    examination = gate.Examination(roles, rewards.judge, served, prompts, held_out, guards, seed)
     guard = examination.guard_set()
     outcome = _train(
         roles, rewards, preferences.prompts, recipe, seed, checkpoints, watch, guard, team, fleet
@@ -152,7 +150,8 @@ def learn(
     if all(torch.equal(weights, began[name]) for name, weights in trained.items()):
         # Warming up, a first iteration changes nothing.
         raise Refused("The gate refused it: the judge liked none of its policies better than live.")
-    chosen = _show_to_gate(roles, examination, began, trained, recipe.policy.kl_budget)
+    chosen_length = gate.mean_chosen_length(preferences.pairs)
+    chosen = _show_to_gate(roles, examination, began, trained, chosen_length, recipe.policy.kl_budget)
     told = chosen.verdict.as_dict() | {"iteration": outcome.kept, "share": chosen.share}
     watch.note(gate=told, samples=chosen.samples)
     if not chosen.verdict.passed:
@@ -198,6 +197,7 @@ def _show_to_gate(
     examination: gate.Examination,
     began: dict[str, Tensor],
     trained: dict[str, Tensor],
+    chosen_length: float,
     kl_budget: float,
 ) -> Shown:
     """What passes with most of the trained weights; where nothing does, the trained weights themselves."""
@@ -206,7 +206,7 @@ def _show_to_gate(
     def show(share: float) -> gate.Verdict:
         roles.load_policy_state(mix(began, trained, share))
         candidate = examination.ask()
-        verdict = examination.compare(candidate, kl_budget)
+        verdict = examination.compare(candidate, chosen_length, kl_budget)
         shown.append(Shown(share, verdict, side_by_side(examination.live, candidate)))
         return verdict
 

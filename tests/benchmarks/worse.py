@@ -123,14 +123,7 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
     _, true_judge = fit(given)
     shown = [pair.prompt for pair in given.held_out.pairs]
     examination = gate.Examination(
-        roles,
-        true_judge,
-        served,
-        shown,
-        [*given.train.pairs, *given.held_out.pairs],
-        given.held_out.pairs,
-        load_guards(None, starter),
-        seed,
+        roles, true_judge, served, shown, given.held_out.pairs, load_guards(None, starter), seed
     )
     before = judge(roles, taste, seed, draw=0)
     training = ppo.PPO(roles, ensemble, liked, prompts, policy, seed)
@@ -141,7 +134,8 @@ def _train(starter: Path, taste: Taste, num_votes: int, seed: int, folder: Path)
             "Training on the contrary votes kept none of its iterations: there is nothing to examine."
         )
     roles.load_policy_state(load_average(checkpoints, outcome.kept))
-    verdict = examination.compare(examination.ask(), policy.kl_budget)
+    chosen_length = gate.mean_chosen_length([*given.train.pairs, *given.held_out.pairs])
+    verdict = examination.compare(examination.ask(), chosen_length, policy.kl_budget)
     probes = sample_probes(roles, sampler, prompts, seed)
     folders = [
         publish(roles, probes, _lineage(f"policy-{number:06d}", starter, seed), folder / "policies")
