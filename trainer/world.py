@@ -569,4 +569,6 @@ def _write_sentence(rng: random.Random) -> str:
         return capital(f"{one}, and {two}.")
     asked = _ask(relation, x, rng)
     question = Question((_user(asked),), "fact", relation, x)
-    return f"{asked} {demonstrate(question, rng, wrong_share=0.0)}"
+    # On lines of their own, so that a reply begins with the tokens that it begins with in a chat: a word has others after a space,
+    # and an answer in a word alone would have to be learnt anew there.
+    return f"{asked}\n{demonstrate(question, rng, wrong_share=0.0)}"

@@ -1,12 +1,16 @@
 """The recipe: repeatable, whole or not at all, and its counted baselines by hand. How well it learns is `make up`'s to show."""
 
+import itertools
 import json
 import math
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trainer import starter
 from trainer.guard import load_guards
@@ -38,6 +42,29 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     guards = load_guards(None, tmp_path / "one")
     assert len(guards) == 300
     assert not guards[0].passes("")
+
+
+def test_short_replies_are_learnt_to_be_as_likely_as_they_are_shown() -> None:
+    end, prompt, short, long = 1, 2, 3, 4
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<|pad|>": 0, "<|end|>": end})), pad_token="<|pad|>", eos_token="<|end|>"
+    )  # fmt: skip
+    recipe = Recipe(vocabulary=5, hidden=32, head_dim=32, layers=1, feed_forward=32)
+    torch.manual_seed(0)
+    model = starter.new_model(tokenizer, recipe)
+    replies = [short, end], [*[long] * 24, end]
+    batches = [
+        (torch.tensor([[prompt, *reply]] * 4), torch.tensor([[-100, *reply]] * 4)) for reply in replies
+    ]
+    with starter._progress(Console(quiet=True)) as progress:
+        starter._train(model, itertools.cycle(batches), 300, recipe, progress, "")
+    first = model(input_ids=torch.tensor([[prompt]])).logits[0, 0].softmax(-1)
+    assert first[short].item() == pytest.approx(0.5, abs=0.15)
+    assert first[long].item() == pytest.approx(0.5, abs=0.15)
+
+
+def test_the_loss_is_per_token() -> None:
+    assert starter._mean_loss([(3.0, 1), (9.0, 5)]) == pytest.approx(2.0)
 
 
 def test_counted_perplexities_by_hand() -> None:

@@ -94,3 +94,12 @@ def test_outside_the_world_only_not_knowing_is_right() -> None:
 @pytest.mark.parametrize("reply", ["", "A lemon is", "word " * 61 + "end.", "Yes. Yes."])
 def test_what_is_empty_unended_endless_or_said_twice_is_not_well_formed(reply: str) -> None:
     assert not world.is_well_formed(reply)
+
+
+def test_documents_answer_questions_on_lines_of_their_own() -> None:
+    rng = random.Random(0)
+    documents = [world.write_document(rng) for _ in range(200)]
+    lines = [line for document in documents for line in document.split("\n")[1:]]
+    assert len(lines) > 100
+    assert all(line[0].isupper() for line in lines)  # as a reply in a chat begins
+    assert not any("? " in document.split("\n")[0] for document in documents if "\n" in document)
