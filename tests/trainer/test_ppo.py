@@ -185,7 +185,7 @@ def test_the_samplers_word_is_taken_where_it_rounds_as_the_trainer_does(roles: R
 def test_its_word_is_not_taken_where_it_is_off(roles: Roles) -> None:
     run = start(roles)
     rollouts = run._sample_here([*run.prompts] * 32)
-    off = [replace(each, logprobs=[found - 0.001 for found in each.logprobs]) for each in rollouts]
+    off = [replace(each, logprobs=[found - 0.02 for found in each.logprobs]) for each in rollouts]
     assert not any(part.trusted for part in run._read(off, sampled_here=True))
 
 
