@@ -9,7 +9,8 @@ one over all of them, so that losses and policy are those of one process on the 
 
 Whoever samples, here or in an engine, rounds otherwise than the pass that trains, and an engine may hold weights that it should not.
 The gap between their log-probabilities is measured in every iteration and corrected by importance weights; where engines sampled, one
-past a bound ends the run. Where these weights sampled, and one microbatch shows no gap, the sampler's word is taken for the others.
+past a bound ends the run. Where these weights sampled, and one microbatch shows no more than rounding, the sampler's word is taken for
+the others.
 
 Legend: B sequences, L tokens of prompt and reply, N rollouts of an iteration, K heads of the ensemble.
 """

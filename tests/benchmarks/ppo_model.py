@@ -64,7 +64,7 @@ class Floor:
 
     sampling: float
     reading: float
-    """A pass of the reference and one of the policy, for the old log-probabilities."""
+    """A pass of the reference. The policy's old log-probabilities are the sampler's."""
     updates: float
 
     @property
@@ -83,7 +83,7 @@ def count_floor(recipe: Recipe, prompt_tokens: float, reply_tokens: int, epochs:
     tokens = prompt_tokens + reply_tokens - 1  # nothing is read from the last one
     attention = layers * 4 * hidden * tokens * (tokens + 1) / 2
     forward = 2 * weights * tokens + attention + 2 * recipe.vocabulary * hidden * reply_tokens
-    return Floor(sampling=forward, reading=2 * forward, updates=epochs * 3 * forward)
+    return Floor(sampling=forward, reading=forward, updates=epochs * 3 * forward)
 
 
 PROBE = 256

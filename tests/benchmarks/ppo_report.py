@@ -22,12 +22,12 @@ AdamW, the same adapter on the same base. Every reply has its full length: the m
   and likelihoods, of the pass that the reference makes anyway. Both score on last hidden states of the same size.
 - *Value.* TRL trains a second copy of the base, forward and backward in every update. Ratchet's is linear in the reference's
   states, fit by least squares once an iteration.
-- *Old log-probabilities.* TRL keeps those of the sampler. Ratchet makes another pass in bfloat16, so that the first ratio is exactly
-  1; in float32 over one microbatch, and where that shows no more than rounding the sampler's are kept as well.
+- *Old log-probabilities.* Both keep those of the sampler. Ratchet reads one microbatch again, and all of them where that shows
+  more than rounding.
 - *Padding.* TRL pads every prompt of a batch to the longest one; Ratchet sorts by length.
 - *Measuring.* Ratchet alone looks for repetition in the replies and asks the judge; TRL alone measures entropy in every update.
 
-The floor counts what is left when all of that is gone: sampling, one pass each of reference and policy, and {epochs} passes of
+The floor counts what is left when all of that is gone: sampling, one pass of the reference, and {epochs} passes of
 updates at three forward passes each, at the rate of one large matrix product. It has no adapter, no head, no memory to move. It is
 that of training all weights: an adapter's gradients cost little, and frozen weights need none, so an update can do with two."""
 

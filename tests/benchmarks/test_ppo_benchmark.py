@@ -21,8 +21,8 @@ def test_the_floor_by_hand() -> None:
     # hidden 2, 1 layer, feed-forward 3, vocabulary 5: 4 * 4 + 3 * 6 = 34 weights. A prompt of 2 and a reply of 3 tokens: 4 are read,
     # 2 * 34 * 4 = 272; attention 4 * 2 * (1 + 2 + 3 + 4) = 80; logits 2 * 5 * 2 * 3 = 60.
     floor = count_floor(Recipe(hidden=2, layers=1, feed_forward=3, vocabulary=5), 2, 3, epochs=2)
-    assert floor == Floor(sampling=412, reading=824, updates=6 * 412)
-    assert floor.total == 9 * 412
+    assert floor == Floor(sampling=412, reading=412, updates=6 * 412)
+    assert floor.total == 8 * 412
 
 
 def job(base: Path) -> Job:

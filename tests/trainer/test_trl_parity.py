@@ -9,8 +9,8 @@ All that both compute agrees to 1e-5. Where Ratchet departs from TRL it does so 
 3. *Whitening* divides by the standard deviation of these tokens (1/n); TRL by an estimate of a population's (1/(n - 1)).
    There is no population here, and one token alone must not divide by 0.
 4. *KL in the reward* is k1 alone, which is unbiased and TRL's default; TRL offers k3, which ours only reports.
-5. *Old log-probabilities* are read again by the pass that trains, so that the first ratio is exactly 1, unless a part of them
-   shows that both round alike (float32); TRL's come from the sampler's cache, and its first ratio is off by rounding, here by less
+5. *Old log-probabilities* are the sampler's where a part that is read again by the pass that trains shows no more than rounding,
+   and else all are read again; TRL's come from the sampler's cache unlooked at, and its first ratio is off by rounding, here by less
    than 1e-5.
 6. *No value loss*: the value is a linear head, fit exactly (`value.py`), so TRL's clipped value loss has no counterpart.
 7. *Temperature* divides logits as it is; TRL adds 1e-7. TRL marks padding by a log-probability of 1.0; ours by the mask.
