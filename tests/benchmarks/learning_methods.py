@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from tests.benchmarks.learning_users import (
     judge_replies,
     sample_anchor,
 )
-from trainer import ppo, preferences, reward_model, reward_quality
+from trainer import ppo, preferences, reward_model, reward_quality, world
+from trainer.demo_client import Reply
 from trainer.features import ask_consensus, read_features
 from trainer.guard import load_guards
 from trainer.learning import Method, Recipe, Refused, anchor_features, learn
@@ -34,6 +36,8 @@ from trainer.tastes import Taste
 ROOT = Path(__file__).parents[2]
 TRL = ROOT / ".venv-trl" / "bin" / "python"
 BEST_OF = 16
+WORDINGS = 8
+"""Of an answer in a manner, of which `bound` takes the best."""
 RANK = 16
 VOTES_PER_USER = 100
 """The default."""
@@ -115,6 +119,26 @@ def best_of(lesson: Lesson) -> tuple[Judged, str]:
     chosen = [rollouts[number * BEST_OF + index] for number, index in enumerate(best)]
     kl = math.log(BEST_OF) - (BEST_OF - 1) / BEST_OF  # an upper bound, arXiv:2401.01879
     return judge_replies(lesson.taste, questions, [as_reply(roles, rollout) for rollout in chosen], kl), ""
+
+
+def bound(lesson: Lesson) -> tuple[Judged, str]:
+    """No policy: of many right answers in all manners the one that the taste likes best.
+
+    About the most that can be won: the starter says the best thing too at times, and what is as good counts half.
+    """
+    rng = random.Random(lesson.seed)
+    questions = draw_evaluation(NUM_QUESTIONS, lesson.seed)
+    replies = [Reply(_best_answer(question, lesson.taste, rng), "stop") for question in questions]
+    return judge_replies(lesson.taste, questions, replies, kl=math.nan), ""
+
+
+def _best_answer(question: world.Question, taste: Taste, rng: random.Random) -> str:
+    answers = [
+        world.demonstrate(question, rng, manner, wrong_share=0.0)
+        for manner in world.MANNERS
+        for _ in range(WORDINGS)
+    ]
+    return max(answers, key=lambda answer: taste(question.messages, answer))
 
 
 def trl_ppo(lesson: Lesson, kl_coef: float) -> tuple[Judged, str]:
@@ -251,6 +275,7 @@ METHODS: dict[str, Callable[[Lesson], tuple[Judged, str]]] = {
     "ours": ours,
     "ours-dpo": partial(ours, method="dpo"),
     "best-of-16": best_of,
+    "bound": bound,
     **{f"trl-ppo-{kl_coef}": partial(trl_ppo, kl_coef=kl_coef) for kl_coef in (0.02, 0.1, 0.3)},
     **{f"trl-dpo-{rate}": partial(trl_dpo, learning_rate=rate) for rate in (1e-4, 1e-5)},
 }

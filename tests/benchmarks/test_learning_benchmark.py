@@ -1,10 +1,16 @@
 """What the learning benchmark shows is what its runs were, and TRL is given the votes that there are."""
 
-from tests.benchmarks.learning_methods import as_trl
+import random
+from pathlib import Path
+
+from service.tables import Message
+from tests.benchmarks.learning_methods import Lesson, _best_answer, as_trl, bound
 from tests.benchmarks.learning_report import Run, method_summary
 from tests.benchmarks.learning_users import Judged, SimulatedVote
+from trainer import world
+from trainer.tastes import TASTES
 
-QUESTION = [{"role": "user", "content": "What colour is a lemon?"}]
+QUESTION: list[Message] = [{"role": "user", "content": "What colour is a lemon?"}]
 
 
 def judged(*taste: float, correct: float) -> Judged:
@@ -31,3 +37,21 @@ def test_a_method_is_summed_up_over_its_runs() -> None:
     assert [run.win_rate for run in runs] == [0.75, 0.5]
     [row] = method_summary(runs).splitlines()[2:]
     assert row == "| ours | 2 | 0.625 ± 0.250 [0.500] | 5.0 ± 30.0 [-10.0] | 1.50 | 0.0000 | 10 |"
+
+
+def test_the_bound_is_always_right_and_never_spoilt() -> None:
+    for taste in TASTES.values():
+        best, _ = bound(Lesson(Path(), [], 0.0, taste, 0, Path()))
+        assert best.correct == 1.0
+        assert best.spoilt == 0.0
+
+
+def test_the_bound_is_in_the_manner_that_the_taste_likes_best() -> None:
+    question = world.find_question(QUESTION)
+    assert question
+    best = {name: _best_answer(question, taste, random.Random(1)) for name, taste in TASTES.items()}
+    assert {name: world.find_manner(answer) for name, answer in best.items()} == {
+        "warm": "warm",
+        "brief": "curt",
+        "thorough": "long",
+    }
