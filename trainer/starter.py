@@ -16,7 +16,7 @@ import random
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -253,10 +253,9 @@ def _train(
     return _mean_loss(last)
 
 
-def _mean_loss(steps: Iterable[tuple[float, int]]) -> float:
+def _mean_loss(steps: Collection[tuple[float, int]]) -> float:
     """nats per token. steps: of each the sum over its tokens, and how many they are."""
-    nats, tokens = zip(*steps, strict=True)
-    return sum(nats) / sum(tokens)
+    return sum(nats for nats, _ in steps) / sum(tokens for _, tokens in steps)
 
 
 def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
