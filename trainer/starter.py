@@ -65,7 +65,7 @@ class Recipe:
     demonstrations: int = 24_000
     sft_steps: int = 1200
     """What is learnt last is learnt here: with 480 it had one answer to all questions of opposites, one in twelve of all; and answers
-    that are a word alone, which has to be known before anything is said, of which 800 taught 64 in a hundred and 1,200 taught 70."""
+    that are a word alone, which has to be known before anything is said, of which 800 taught 64 in a hundred and 1,200 taught 68."""
     sft_batch: int = 32
     """Demonstrations in a step."""
     matrix_learning_rate: float = 3e-3
