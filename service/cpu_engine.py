@@ -1,8 +1,11 @@
-"""vLLM's server, with a fault of its CPU build mended: `python -m service.cpu_engine`, with vLLM's own options.
+"""vLLM's server, with two faults of its CPU build mended: `python -m service.cpu_engine`, with vLLM's own options.
 
 Requests for the base and for adapters share batches, and a row of the base says so by the index -1. vLLM's torch operations take that
 for the last adapter there is room for: once so many have been loaded, the base answers as that one (vllm-project/vllm#48421, open in
 vLLM 0.32). Its GPU kernels leave such rows out. Here they are set to zero after the first of the two products.
+
+Attention on a CPU with AMX uses its tiles, which Linux has to be asked for first, once in a process. vLLM leaves that to whoever
+multiplies matrices before; for a prompt of one token nobody does, and the engine ends by an illegal instruction.
 
 What is done on import is done in the processes too that vLLM starts, whether by fork or by spawn.
 """
@@ -24,6 +27,14 @@ def without_adapter(shrink: Any) -> Any:
     return bgmv_shrink
 
 
+def ask_for_tiles() -> None:
+    """Of AMX, where the CPU has it; a process that is forked off has them too."""
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
+
+
 def mend() -> None:
     """To be called before vLLM takes the operation from where it is."""
     try:
@@ -36,6 +47,7 @@ def mend() -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):
+    ask_for_tiles()
     mend()
 if __name__ == "__main__":
     runpy.run_module(SERVER, run_name="__main__")
