@@ -134,16 +134,21 @@ def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3, merg
     merged: with the whole model, merged by PEFT.
     """
     torch.manual_seed(seed)
+    plain = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    outputs = [] if plain.config.tie_word_embeddings else ["lm_head"]
     model = get_peft_model(
-        LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),
+        plain,
         LoraConfig(
-            r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+            r=8,
+            lora_alpha=16,
+            target_modules=["q_proj", "v_proj", "down_proj", *outputs],
+            task_type="CAUSAL_LM",
         ),
     ).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=scale)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)  # else PEFT adds the base's own
     (folder / "README.md").unlink()
     probe = [make_probe(model, ids) for ids in PROBE]
     if merged:

@@ -139,7 +139,7 @@ class Roles(nn.Module):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(device))
         use_cheap_passes(model)
         tokenizer = AutoTokenizer.from_pretrained(base)
-        config = adapter_config(rank, parent)
+        config = adapter_config(model, rank, parent)
         if parent is None:
             peft = get_peft_model(model, config, adapter_name=POLICY, autocast_adapter_dtype=True)
         else:

@@ -86,7 +86,8 @@ def publish(
 def save_adapter(roles: Roles, folder: Path) -> None:
     """The policy's adapter in PEFT's format, directly in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    roles.model.save_pretrained(folder, selected_adapters=[POLICY])
+    # Else PEFT adds the base's output embeddings where they are adapted.
+    roles.model.save_pretrained(folder, selected_adapters=[POLICY], save_embedding_layers=False)
     inner = folder / POLICY  # PEFT puts an adapter that is not called "default" into a folder of its own
     if inner.is_dir():
         for path in inner.iterdir():

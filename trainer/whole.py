@@ -24,6 +24,7 @@ from service.weights import CONFIG
 from trainer import models
 from trainer.models import POLICY, REFERENCE, Origin, Roles, use_cheap_passes
 from trainer.passes.cast import cast
+from trainer.passes.lora import has_tied_embeddings
 from trainer.publish import names_in_files
 
 LEARNING_RATE_TIMES_WIDTH = 0.04
@@ -93,9 +94,8 @@ class WholeRoles(Roles):
 def _load_trained(base: str | Path, policy: Path | None, dtype: torch.dtype) -> PreTrainedModel:
     """All of its weights are to be trained, but for tied embeddings. dtype: that it will be cast to."""
     model = _load_model(base, policy).requires_grad_(True)  # PEFT freezes what it merges
-    embeddings = model.get_input_embeddings()
-    if embeddings.weight is model.get_output_embeddings().weight:
-        embeddings.requires_grad_(False)
+    if has_tied_embeddings(model):
+        model.get_input_embeddings().requires_grad_(False)
     # Which norms can be replaced is tried to the last bit, so in the type of the passes: else they might not be the reference's.
     with cast(model, dtype):
         use_cheap_passes(model)

@@ -1,14 +1,18 @@
 """Our linear layer with an adapter against PEFT's: the same numbers, and gradients for the adapter alone."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from service.weights import check_adapter
 from tests.tiny_model import make_family
 from trainer.models import Roles
-from trainer.passes.lora import LowRankLinear, adapter_config
+from trainer.passes.lora import OUTPUTS_ADAPTED, LowRankLinear, adapter_config
 from trainer.publish import save_adapter
 
 
@@ -23,6 +27,10 @@ class Tiny(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., 8) -> (..., 4)."""
         return self.second(self.first(x).tanh())  # type: ignore[no-any-return]
+
+
+def our_config() -> LoraConfig:
+    return adapter_config(Tiny(), 4)
 
 
 def make(config: LoraConfig, dtype: torch.dtype) -> nn.Module:
@@ -51,7 +59,7 @@ def peft_config() -> LoraConfig:
 
 def test_outputs_and_gradients_are_those_of_peft() -> None:
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
-    ours, theirs = make(adapter_config(4), torch.float32), make(peft_config(), torch.float32)
+    ours, theirs = make(our_config(), torch.float32), make(peft_config(), torch.float32)
     assert sum(isinstance(module, LowRankLinear) for module in ours.modules()) == 2
     (output, found), (expected, wanted) = gradients(ours, x), gradients(theirs, x)
     torch.testing.assert_close(output, expected)
@@ -66,7 +74,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_peft_is() -> None:
     exact_model = make(peft_config(), torch.bfloat16).float()  # the same rounded weights
     exact, wanted = gradients(exact_model, x.float())
     errors = []
-    for config in (adapter_config(4), peft_config()):
+    for config in (our_config(), peft_config()):
         output, found = gradients(make(config, torch.bfloat16), x)
         worst = max(((found[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted)
         errors.append((((output - exact).norm() / exact.norm()).item(), worst))
@@ -78,7 +86,7 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_peft_is() -> None:
 
 def test_the_input_has_a_gradient_where_it_needs_one() -> None:
     found = []
-    for config in (adapter_config(4), peft_config()):
+    for config in (our_config(), peft_config()):
         x = torch.randn(2, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
         make(config, torch.float32)(x).sum().backward()
         found.append(x.grad)
@@ -87,7 +95,7 @@ def test_the_input_has_a_gradient_where_it_needs_one() -> None:
 
 @torch.no_grad()
 def test_what_is_not_one_plain_adapter_is_left_to_peft() -> None:
-    model = make(adapter_config(4), torch.float32)
+    model = make(our_config(), torch.float32)
     x = torch.randn(2, 8)
     adapted = model(x)
     with model.disable_adapter():  # type: ignore[operator]
@@ -111,3 +119,35 @@ def test_other_kinds_of_layers_are_left_to_peft(tmp_path: Path) -> None:
     roles = Roles.load(make_family(tmp_path, "gpt2"), rank=4)
     assert not any(isinstance(module, LowRankLinear) for module in roles.model.modules())
     assert roles.policy_parameters()
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "adapted"),
+    [("llama", False, True), ("llama", True, False), ("qwen3", False, True), ("mistral", False, False)],
+)
+def test_output_embeddings_are_adapted_where_they_are_the_models_own_and_engines_take_that(
+    family: str, tied: bool, adapted: bool, tmp_path: Path
+) -> None:
+    base = make_family(tmp_path / "base", family, tied=tied)
+    names = Roles.load(base, rank=4).policy_weights()
+    assert any("lm_head" in name for name in names) == adapted
+    assert sum("q_proj.lora_A" in name for name in names) == 2
+
+
+def test_a_folder_holds_no_more_of_output_embeddings_than_their_adapter(tmp_path: Path) -> None:
+    """PEFT would put the base's beside it, which the service refuses."""
+    base = make_family(tmp_path / "base", "llama", tied=False)
+    save_adapter(Roles.load(base, rank=4), tmp_path / "adapter")
+    check_adapter(tmp_path / "adapter", base)
+
+
+@pytest.mark.engine
+def test_the_engine_takes_an_adapter_of_these_models_output_embeddings() -> None:
+    names = sorted(OUTPUTS_ADAPTED | {"MistralForCausalLM"})
+    asked = (  # in a process of its own, since vLLM changes the one that it is imported into
+        "import sys; from vllm.model_executor.models.registry import ModelRegistry as known\n"
+        "classes = {name: known.models[name].load_model_cls() for name in sys.argv[1:]}\n"
+        "print(*[name for name, each in classes.items() if 'lm_head' in each.embedding_modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", asked, *names], capture_output=True, text=True, check=True)
+    assert set(told.stdout.split()) == OUTPUTS_ADAPTED

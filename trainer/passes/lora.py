@@ -16,16 +16,51 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def adapter_config(rank: int, parent: Path | None = None) -> LoraConfig:
-    """Of a new adapter on all linear layers, or of the one in a folder; its layers compute as here."""
+OUTPUTS_ADAPTED = frozenset(
+    {
+        "ApertusForCausalLM",
+        "Exaone4ForCausalLM",
+        "GraniteForCausalLM",
+        "LlamaForCausalLM",
+        "NemotronForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen3ForCausalLM",
+    }
+)
+"""Models for which vLLM 0.32 takes adapters that have the output embeddings too; for others, as Mistral's and Qwen2's, it refuses them."""
+
+
+def adapter_config(model: nn.Module, rank: int, parent: Path | None = None) -> LoraConfig:
+    """Of a new adapter on all linear layers of a model, or of the one in a folder; its layers compute as here."""
     if parent is not None:
         config = LoraConfig.from_pretrained(str(parent))
     else:
         config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=0.0,
+            target_modules=_layers(model),
+            task_type="CAUSAL_LM",
         )
     config._register_custom_module({nn.Linear: LowRankLinear})
     return config
+
+
+def _layers(model: nn.Module) -> str | list[str]:
+    """All linear layers; the output embeddings among them where engines take that, and the model has some of its own.
+
+    Where two words' rows are alike no hidden state can say one without the other, and only another row can.
+    """
+    if type(model).__name__ not in OUTPUTS_ADAPTED or has_tied_embeddings(model):
+        return "all-linear"  # PEFT's word for all but the output embeddings
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def has_tied_embeddings(model: Any) -> bool:
+    """Whether a language model's output embeddings are its input embeddings."""
+    tied: bool = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    return tied
 
 
 class LowRankLinear(lora.Linear):  # type: ignore[misc]
