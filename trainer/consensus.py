@@ -34,8 +34,6 @@ class Said:
     """Of the words: log of one over the share of prompts whose answers have it."""
     agreed: float = 0.0
     """That, times the share of the answers that have the word."""
-    recalled: float = 0.0
-    """The same, as a share of all that the answers say: 1.0 in sum where a reply has every word of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +63,12 @@ class Consensus:
         if not self.shares:
             return said
         own, shares = self.own[tuple(prompt)], self.shares[tuple(prompt)]
-        whole = sum(self.rarities[word] * share for word, share in shares.items())
         for word, place in _new_words(pieces):
             if word not in own:
                 rarity = self.rarities.get(word, _rarity(0, len(self.shares)))
-                agreed = rarity * shares.get(word, 0.0)
                 before = said[place]
-                said[place] = Said(
-                    before.rarity + rarity,
-                    before.agreed + agreed,
-                    before.recalled + (agreed / whole if whole else 0.0),
-                )
+                agreed = rarity * shares.get(word, 0.0)
+                said[place] = Said(before.rarity + rarity, before.agreed + agreed)
         return said
 
 

@@ -1,10 +1,13 @@
 """What heads read of a reply, from one pass of the anchor: reward models of the whole of it, the value of what is there so far.
 
 Of a reply: the sum of its input embeddings (which words are there; by their mean a reply would be best that leaves all else out), the
-mean of its last hidden states (what is said with them), how likely the anchor found it, and how far it says what the anchor says
+mean of its last hidden states (what is said with them), how much it surprises the anchor, and how much of what it says the anchor says
 when it is surest (a right answer is a likely one, and most of those, also to a model that often says the wrong one).
 
-Legend: B sequences, L tokens, H hidden size, F = 2 H + 4 features of a reply, G = F + H + 1 of a prefix, N replies.
+Surprise counts a token only as far as it is less likely than what was expected there (arXiv:2202.00666): where a manner is chosen all
+of them are unlikely, and none surprises; where a fact is said, a wrong one does.
+
+Legend: B sequences, L tokens, H hidden size, F = 2 H + 3 features of a reply, G = F + H + 1 of a prefix, N replies.
 """
 
 from collections.abc import Sequence
@@ -17,11 +20,10 @@ from trainer.consensus import Asked, Consensus
 from trainer.models import REFERENCE, Reading, Roles
 from trainer.rollouts import Sampler
 
-NUM_PLAIN = 4
-"""Features that are few and mean something by themselves: the reply's log-probability, recall and precision of what the anchor says
-when it is surest, and, last, the length."""
-AGREEMENT = slice(-3, -1)
-"""Recall and precision among the features."""
+NUM_PLAIN = 3
+"""Features that are few and mean something by themselves: surprise, with a minus; agreement; and, last, the length."""
+AGREEMENT = -2
+"""The place of agreement among the features."""
 ANSWERS = 8
 """That the anchor gives to a prompt, to tell what it is surest of."""
 FEWEST_ANSWERS = 2
@@ -56,24 +58,24 @@ def ask_consensus(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]], 
 
 
 def reward_features(reading: Reading, mask: Tensor) -> Tensor:
-    """[B, F]: sum of embeddings and mean hidden state over the reply, and the plain ones (`NUM_PLAIN`).
+    """[B, F]: sum of embeddings and mean hidden state over the reply, and the plain features (`NUM_PLAIN`).
 
     mask: (B, L).
     """
     length = mask.sum(1, keepdim=True).clamp(min=1)
     words = (reading.words * mask[..., None]).sum(1)
     states = (reading.states * mask[..., None]).sum(1) / length
-    likelihood = reading.logprobs.sum(1, keepdim=True)
-    return torch.cat([words, states, likelihood, agreement(reading.said.sum(1)), length], dim=1)
+    surprise = reading.surprise.sum(1, keepdim=True)
+    return torch.cat([words, states, -surprise, agreement(reading.said.sum(1)), length], dim=1)
 
 
 def agreement(said: Tensor) -> Tensor:
-    """[..., 2]: the share of what the anchor is surest of that is said; the share that this is of all that is said, 0.0 of nothing.
+    """[..., 1]: the share of what is said that the anchor says when it is surest, 0.0 of nothing.
 
-    said: (..., 3) sums of `Said` over tokens.
+    said: (..., 2) sums of `Said` over tokens.
     """
-    rarity, agreed, recalled = said.unbind(-1)
-    return torch.stack([recalled, agreed / rarity.clamp(min=1e-6)], dim=-1)
+    rarity, agreed = said.unbind(-1)
+    return (agreed / rarity.clamp(min=1e-6))[..., None]
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def value_features(reading: Reading, mask: Tensor) -> Tensor:
         [
             words.cumsum(1),
             states.cumsum(1) / divisor[..., None],
-            reading.logprobs.cumsum(1)[..., None],
+            -reading.surprise.cumsum(1)[..., None],
             agreement(reading.said.cumsum(1)),
             count[..., None],
             reading.states,

@@ -78,8 +78,10 @@ class Reading:
     """[B, L, H] last hidden states, float32: of the reply and of the token before it; elsewhere nothing that means anything."""
     logprobs: Tensor
     """[B, L] log-probability of each reply token; 0.0 elsewhere."""
+    surprise: Tensor
+    """[B, L] nats by which each reply token was less likely than is expected there, or 0.0: -log-probability less entropy."""
     said: Tensor
-    """[B, L, 3] what each reply token adds to what is said, and is the anchor's consensus: the fields of `Said`; 0.0 elsewhere."""
+    """[B, L, 2] what each reply token adds to what is said, and is the anchor's consensus: the fields of `Said`; 0.0 elsewhere."""
 
 
 @cache
@@ -297,18 +299,27 @@ class Roles(nn.Module):
         The vocabulary is computed at the reply's tokens alone. Logits are divided by the sampling temperature first.
         """
         with self.acting_as(role):
-            return self._forward(batch, temperature)[1]
+            _, logits, places = self._forward(batch)
+            return _at_reply(batch, places, _token_logprobs(batch, places, logits, temperature))
 
     @torch.no_grad()
     def read(self, batch: Batch, temperature: float = 1.0) -> Reading:
         """One pass of the reference: all that reference, reward models and value need of a batch."""
         with self.acting_as(REFERENCE):
-            states, logprobs = self._forward(batch, temperature)
+            states, logits, places = self._forward(batch)
+            logprobs = _token_logprobs(batch, places, logits, temperature)
+            surprise = (-logprobs - _entropy(logits, temperature)).clamp(min=0.0)
             words = self.model.get_input_embeddings()(batch.ids)
-            return Reading(words.float(), states.float(), logprobs, self._read_said(batch))
+            return Reading(
+                words.float(),
+                states.float(),
+                _at_reply(batch, places, logprobs),
+                _at_reply(batch, places, surprise),
+                self._read_said(batch),
+            )
 
     def _read_said(self, batch: Batch) -> Tensor:
-        """[B, L, 3] as in `Reading`."""
+        """[B, L, 2] as in `Reading`."""
         nothing, length = astuple(Said()), batch.ids.shape[1]
         rows = []
         for ids, mask in zip(batch.ids.tolist(), batch.reply_mask.tolist(), strict=True):
@@ -318,8 +329,8 @@ class Roles(nn.Module):
             rows.append([nothing] * start + [astuple(each) for each in said] + [nothing] * (length - end))
         return torch.tensor(rows, device=self.device)
 
-    def _forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """[B, L, H] last hidden states as in `Reading`, and [B, L] log-probabilities of the reply's tokens.
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, H] last hidden states as in `Reading`, and [n, V] logits with the [n] places in the flattened batch that they are of.
 
         The logits are the model's own, since families scale or cap them (Gemma, Granite, Cohere): on the way from its backbone to
         its output embeddings all states but those that the reply's tokens were chosen from are taken away, n in all.
@@ -337,11 +348,27 @@ class Roles(nn.Module):
 
         at_reply = last_layer_at(model.base_model, choose_places(before | reply), batch.ids.shape)
         with at_reply, model.base_model.register_forward_hook(keep_places):
-            logits = model(input_ids=batch.ids, use_cache=False).logits[0]  # (n, V)
-        targets = batch.ids.flatten().roll(-1)[places]
-        logprobs = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
-        spread = logprobs.new_zeros(batch.ids.numel()).index_copy(0, places, logprobs).roll(1)
-        return all_states[0], spread.view(batch.ids.shape) * batch.reply_mask
+            logits: Tensor = model(input_ids=batch.ids, use_cache=False).logits[0]
+        return all_states[0], logits, places
+
+
+def _token_logprobs(batch: Batch, places: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """[n] of the token that was chosen at each place."""
+    chosen = batch.ids.flatten().roll(-1)[places]
+    logprobs: Tensor = _TokenLogprobs.apply(logits, chosen, temperature)  # type: ignore[no-untyped-call]
+    return logprobs
+
+
+def _entropy(logits: Tensor, temperature: float) -> Tensor:
+    """[n] nats, in float32. logits: (n, V)."""
+    logprobs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1, dtype=torch.float32)
+    return -logprobs.exp().mul_(logprobs).sum(-1)
+
+
+def _at_reply(batch: Batch, places: Tensor, values: Tensor) -> Tensor:
+    """[B, L] each value at the token that was chosen at its place; 0.0 elsewhere. values: (n,)."""
+    spread = values.new_zeros(batch.ids.numel()).index_copy(0, places, values).roll(1)
+    return spread.view(batch.ids.shape) * batch.reply_mask
 
 
 def use_cheap_passes(model: PreTrainedModel) -> None:

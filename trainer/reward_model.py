@@ -24,15 +24,17 @@ from trainer.models import Roles
 from trainer.preferences import Preferences
 
 PLAIN_PRIOR = 3.0
-"""How much less the plain features are shrunk than the others: they are few, and known to matter."""
+"""How much less surprise and agreement are shrunk than the others: they are few, and known to matter."""
+LENGTH_PRIOR = 6.0
+"""The same of length: where it matters, votes on long replies tell what a short one gains, which its few words cannot."""
 STATES_PRIOR = 0.5
 """How much more the mean hidden states are shrunk than the words: there are as many, and on their own they say less. On votes that
 were not fit to (3 tastes, 3 times 330 votes) the loss is .4189 with this and the mean below, .4279 with 1.0 and 0.2."""
 PLAIN_MEAN = 0.1
-"""Weight of the plain features but the length that the penalty pulls towards; of all else 0.0. With no votes to tell, what the anchor
-finds likely, and says when it is surest, is rather right."""
+"""Weight of surprise (with its minus) and agreement that the penalty pulls towards; of all else 0.0. With no votes to tell, what the
+anchor expects, and says when it is surest, is rather right."""
 LEAST_SPREAD = 0.1
-"""Of recall and precision, which are shares: less is taken for this, lest what hardly varies is blown up."""
+"""Of agreement, which is a share: less is taken for this, lest what hardly varies is blown up."""
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 """Strengths of the penalty on weights that cross-validation chooses from."""
 
@@ -104,7 +106,8 @@ def fit(
     # With the anchor's own replies: what those that were voted on all have alike must not count for more than all that votes say.
     scale = torch.cat([first, second, own_features]).std(0).clamp(min=1e-6)
     scale[AGREEMENT] = scale[AGREEMENT].clamp(min=LEAST_SPREAD)
-    scale[-NUM_PLAIN:] /= PLAIN_PRIOR
+    scale[-NUM_PLAIN:-1] /= PLAIN_PRIOR
+    scale[-1] /= LENGTH_PRIOR
     scale[roles.hidden_size : 2 * roles.hidden_size] /= STATES_PRIOR
     disliked = read_features(roles, [(each.prompt, each.reply) for each in dislikes])
     margins = torch.cat([first - second, disliked - own_features.mean(0)]) / scale

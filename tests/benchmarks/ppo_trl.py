@@ -20,6 +20,9 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from tests.benchmarks.ppo_visit import Clock, Figures, Job, Memory, answer
 
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+"""Those that Ratchet adapts too."""
+
 
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Sees when each iteration ends, and that both contestants do the same work."""
@@ -50,7 +53,7 @@ def work(job: Job) -> Figures:
         r=job.rank,
         lora_alpha=2 * job.rank,
         lora_dropout=0.0,
-        target_modules="all-linear",
+        target_modules=LAYERS,
         task_type="CAUSAL_LM",
     )
     prompts = Dataset.from_dict({"input_ids": job.prompts})

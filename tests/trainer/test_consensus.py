@@ -24,25 +24,21 @@ def read(*pieces: str, prompt: tuple[int, ...] = LEMON) -> list[Said]:
     return CONSENSUS.read(prompt, pieces)
 
 
-def total(said: list[Said]) -> tuple[float, float, float]:
-    return (
-        sum(each.rarity for each in said),
-        sum(each.agreed for each in said),
-        sum(each.recalled for each in said),
-    )
+def total(said: list[Said]) -> tuple[float, float]:
+    return sum(each.rarity for each in said), sum(each.agreed for each in said)
 
 
 def test_a_word_counts_by_the_answers_that_have_it_and_the_prompts_own_do_not() -> None:
     """Yellow is in three of four answers, green in one; `a`, `lemon` and `is` are in the prompt."""
     plain = read("A", " lemon", " is", " yellow", ".", "")
-    assert total(plain) == pytest.approx((RARE, 0.75 * RARE, 0.75))
+    assert total(plain) == pytest.approx((RARE, 0.75 * RARE))
     wrong = read("A", " lemon", " is", " green", ".", "")
-    assert total(wrong) == pytest.approx((RARE, 0.25 * RARE, 0.25))
+    assert total(wrong) == pytest.approx((RARE, 0.25 * RARE))
 
 
 def test_the_same_word_in_other_letters_and_other_tokens_is_the_same_word() -> None:
     curt = read("Y", "ell", "ow", ".", "")
-    assert total(curt) == pytest.approx((RARE, 0.75 * RARE, 0.75))
+    assert total(curt) == pytest.approx((RARE, 0.75 * RARE))
 
 
 def test_a_word_belongs_to_the_token_by_which_it_has_ended() -> None:
@@ -52,16 +48,16 @@ def test_a_word_belongs_to_the_token_by_which_it_has_ended() -> None:
 
 
 def test_a_word_that_is_said_again_says_nothing_new() -> None:
-    assert total(read("yellow", " yellow", "!", "")) == pytest.approx((RARE, 0.75 * RARE, 0.75))
+    assert total(read("yellow", " yellow", "!", "")) == pytest.approx((RARE, 0.75 * RARE))
 
 
 def test_a_word_that_no_answer_has_is_the_rarest_and_agrees_with_nothing() -> None:
-    assert total(read("Cheers", "!", "")) == pytest.approx((UNHEARD, 0.0, 0.0))
+    assert total(read("Cheers", "!", "")) == pytest.approx((UNHEARD, 0.0))
 
 
 def test_words_that_end_with_one_token_are_added() -> None:
     [both, end] = read("yellow, green.", "")
-    assert (both.rarity, both.agreed, both.recalled) == pytest.approx((2 * RARE, RARE, 1.0))
+    assert (both.rarity, both.agreed) == pytest.approx((2 * RARE, RARE))
     assert end == Said()
 
 
@@ -82,7 +78,7 @@ def test_scripts_without_spaces_are_read_by_the_character() -> None:
 
 def test_a_prompt_whose_answers_only_repeat_it_has_no_consensus() -> None:
     consensus = Consensus.of({LEMON: Asked("Say hello", ["Hello.", "hello"])})
-    assert total(consensus.read(LEMON, ["Hello", "."])) == (0.0, 0.0, 0.0)
+    assert total(consensus.read(LEMON, ["Hello", "."])) == (0.0, 0.0)
 
 
 def test_an_empty_consensus_hears_nothing_and_another_refuses_what_it_was_not_asked() -> None:

@@ -16,7 +16,7 @@ from trainer.features import (
 from trainer.models import Roles
 from trainer.rollouts import Sampler
 
-RECALL, PRECISION = -3, -2
+SURPRISE, AGREEMENT = -3, -2
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def yes(roles: Roles, prompts: list[list[int]]) -> Consensus:
     return Consensus.of({tuple(prompt): Asked("?", ["yes", "Yes."]) for prompt in prompts})
 
 
-def test_a_reply_that_says_the_same_has_recall_and_precision(
+def test_a_reply_that_says_the_same_agrees(
     roles: Roles, prompts: list[list[int]], yes: Consensus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roles, "consensus", yes)
@@ -43,10 +43,26 @@ def test_a_reply_that_says_the_same_has_recall_and_precision(
     batch = roles.batch([(prompts[0], reply) for reply in replies])
     features = reward_features(roles.read(batch), batch.reply_mask)
     assert features.shape == (3, num_features(roles.hidden_size))
-    assert features[:, RECALL].tolist() == pytest.approx([1.0, 0.0, 1.0])
-    assert features[0, PRECISION].item() == pytest.approx(1.0)
-    assert features[1, PRECISION].item() == 0.0
-    assert 0.0 < features[2, PRECISION].item() < 1.0
+    same, other, both = features[:, AGREEMENT].tolist()
+    assert same == pytest.approx(1.0)
+    assert other == 0.0
+    assert 0.0 < both < 1.0
+
+
+def test_what_is_less_likely_than_expected_surprises(roles: Roles, prompts: list[list[int]]) -> None:
+    surest = Sampler(roles.end_ids, max_tokens=6, temperature=0.3)
+    likely = surest.sample(roles.model, [prompts[0]], torch.Generator().manual_seed(0))[0].reply_ids
+    batch = roles.batch([(prompts[0], reply) for reply in (likely, roles.reply_ids("Yes."))])
+    reading = roles.read(batch)
+    with torch.no_grad():
+        logprobs = roles.model(input_ids=batch.ids).logits.float().log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    expected = torch.zeros_like(entropy)
+    expected[:, 1:] = (-reading.logprobs[:, 1:] - entropy[:, :-1]).clamp(min=0.0)
+    torch.testing.assert_close(reading.surprise, expected * batch.reply_mask, rtol=2e-2, atol=2e-2)
+    assert (reading.surprise > 0.0).any(1).tolist() == [False, True]
+    features = reward_features(reading, batch.reply_mask)
+    torch.testing.assert_close(features[:, SURPRISE], -reading.surprise.sum(1))
 
 
 def test_before_its_end_token_the_value_sees_what_the_reward_sees_of_what_is_there(
@@ -60,7 +76,7 @@ def test_before_its_end_token_the_value_sees_what_the_reward_sees_of_what_is_the
     reward = reward_features(roles.read(before), before.reply_mask)[0]
     seen = value[: len(reward)].clone()
     # The reward model takes a reply that is cut off for whole: its last word has ended.
-    seen[RECALL:-1] = reward[RECALL:-1]
+    seen[AGREEMENT] = reward[AGREEMENT]
     torch.testing.assert_close(seen, reward, rtol=1e-2, atol=1e-2)
 
 
@@ -73,7 +89,7 @@ def test_features_do_not_depend_on_the_batch(roles: Roles) -> None:
 
 
 def test_nothing_said_agrees_with_nothing() -> None:
-    assert agreement(torch.zeros(2, 3)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert agreement(torch.zeros(2, 2)).tolist() == [[0.0], [0.0]]
 
 
 def test_the_anchor_is_asked_each_prompt_once_and_says_the_same_for_the_same_seed(

@@ -15,7 +15,6 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
-
 OUTPUTS_ADAPTED = frozenset(
     {
         "ApertusForCausalLM",
@@ -27,7 +26,7 @@ OUTPUTS_ADAPTED = frozenset(
         "Qwen3ForCausalLM",
     }
 )
-"""Models for which vLLM 0.32 takes adapters that have the output embeddings too; for others, as Mistral's and Qwen2's, it refuses them."""
+"""Models for which vLLM 0.32 takes an adapter of the output embeddings; for others, as Mistral's and Qwen2's, it refuses one."""
 
 
 def adapter_config(model: nn.Module, rank: int, parent: Path | None = None) -> LoraConfig:
