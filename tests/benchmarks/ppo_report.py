@@ -19,7 +19,7 @@ AdamW, the same adapter on the same base. Every reply has its full length: the m
 
 - *Reward.* TRL's reward model is a sequence classifier, a copy of the base with a scalar head on the last token's last hidden state:
   a pass of its own. Ratchet's are 64 linear heads (an ensemble and the judge) on the reply's mean last hidden state
-  and likelihoods, of the pass that the reference makes anyway. Both score on last hidden states of the same size.
+  and surprise, of the pass that the reference makes anyway. Both score on last hidden states of the same size.
 - *Value.* TRL trains a second copy of the base, forward and backward in every update. Ratchet's is linear in the reference's
   states, fit by least squares once an iteration.
 - *Old log-probabilities.* Both keep those of the sampler. Ratchet reads one microbatch again, and all of them where that shows

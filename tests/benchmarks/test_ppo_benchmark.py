@@ -37,8 +37,8 @@ def test_our_side_trains_on_full_replies(tmp_path: Path) -> None:
     assert figures.idle_mib > 0
     # Linux counts pages by processor and adds them up now and then: of a tiny model, the peak may seem to be some KiB less.
     assert figures.peak_mib > figures.idle_mib - 1
-    # rank 2 on 4 matrices of 64 x 64 and 3 of 64 x 64: 7 * 2 * 128
-    assert figures.trained == 7 * 2 * 128
+    # rank 2 on 7 matrices of 64 x 64, and on the output embeddings of 400 words
+    assert figures.trained == 2 * (7 * (64 + 64) + 64 + 400)
 
 
 def test_memory_that_came_and_went_is_in_the_peak() -> None:
