@@ -66,8 +66,8 @@ class Consensus:
         for word, place in _new_words(pieces):
             if word not in own:
                 rarity = self.rarities.get(word, _rarity(0, len(self.shares)))
-                before = said[place]
                 agreed = rarity * shares.get(word, 0.0)
+                before = said[place]
                 said[place] = Said(before.rarity + rarity, before.agreed + agreed)
         return said
 

@@ -300,15 +300,18 @@ class Roles(nn.Module):
         """
         with self.acting_as(role):
             _, logits, places = self._forward(batch)
-            return _at_reply(batch, places, _token_logprobs(batch, places, logits, temperature))
+            logprobs = _TokenLogprobs.apply(logits, _chosen(batch, places), temperature)  # type: ignore[no-untyped-call]
+            return _at_reply(batch, places, logprobs)
 
     @torch.no_grad()
     def read(self, batch: Batch, temperature: float = 1.0) -> Reading:
         """One pass of the reference: all that reference, reward models and value need of a batch."""
         with self.acting_as(REFERENCE):
             states, logits, places = self._forward(batch)
-            logprobs = _token_logprobs(batch, places, logits, temperature)
-            surprise = (-logprobs - _entropy(logits, temperature)).clamp(min=0.0)
+            of_all = _log_softmax(logits, temperature)
+            logprobs = of_all.gather(-1, _chosen(batch, places)[:, None])[:, 0]
+            entropy = -of_all.exp().mul_(of_all).sum(-1)
+            surprise = (-logprobs - entropy).clamp(min=0.0)
             words = self.model.get_input_embeddings()(batch.ids)
             return Reading(
                 words.float(),
@@ -352,17 +355,15 @@ class Roles(nn.Module):
         return all_states[0], logits, places
 
 
-def _token_logprobs(batch: Batch, places: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """[n] of the token that was chosen at each place."""
-    chosen = batch.ids.flatten().roll(-1)[places]
-    logprobs: Tensor = _TokenLogprobs.apply(logits, chosen, temperature)  # type: ignore[no-untyped-call]
-    return logprobs
+def _chosen(batch: Batch, places: Tensor) -> Tensor:
+    """[n] the token that was chosen at each place."""
+    return batch.ids.flatten().roll(-1)[places]
 
 
-def _entropy(logits: Tensor, temperature: float) -> Tensor:
-    """[n] nats, in float32. logits: (n, V)."""
-    logprobs = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1, dtype=torch.float32)
-    return -logprobs.exp().mul_(logprobs).sum(-1)
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """[n, V] in float32."""
+    scaled = logits if temperature == 1.0 else logits / temperature
+    return scaled.log_softmax(-1, dtype=torch.float32)
 
 
 def _at_reply(batch: Batch, places: Tensor, values: Tensor) -> Tensor:
@@ -386,9 +387,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """logits: (N, V), targets: (N,); returns (N,)."""
-        if temperature != 1.0:
-            logits = logits / temperature
-        logprobs = logits.log_softmax(-1, dtype=torch.float32)
+        logprobs = _log_softmax(logits, temperature)
         ctx.save_for_backward(logprobs, targets)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         return logprobs.gather(-1, targets[:, None])[:, 0]
