@@ -23,7 +23,7 @@ from service.tables import Cycle, ReplicaRow
 from tests.service.fake_engine import FakeEngine
 from tests.service.http_engine import HttpEngine, running_http_engine
 from tests.tiny_model import make_model
-from tests.trainer.test_cycle import accept_challengers, add_votes, request_cycle
+from tests.trainer.cycles.acts import accept_challengers, add_votes, request_cycle
 from tests.trainer.tiny_ppo import SETTINGS, start
 from trainer import fleet_rollouts, ppo_math, ppo_run
 from trainer.cycle import run_cycle

@@ -1,4 +1,4 @@
-"""What `learn` is made of that needs no model. All of it together: `test_cycle.py`."""
+"""What `learn` is made of that needs no model. All of it together: `cycles/`."""
 
 import pytest
 

@@ -1,0 +1,1 @@
+"""Tests of whole cycles, on a real PostgreSQL with a tiny model."""
