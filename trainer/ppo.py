@@ -84,6 +84,9 @@ class PPOSettings:
     """KL to the anchor at the end of the run, in nats per reply."""
     disagreement: float = 0.5
     """Weight of the ensemble's standard deviation, taken off the mean score."""
+    most_score: float = 10.0
+    """Largest score, and smallest with a minus: so far from the anchor's replies, of which it is 0 on average and 1 apart, a linear
+    head says nothing any more. One reply of garbage with 240 took the value and the whitening of a whole iteration with it."""
     fault_penalty: float = 2.0
     """Taken off the score of a reply that was cut off or repeats itself, in standard deviations of the reward."""
     max_tokens: int = 64
@@ -390,6 +393,8 @@ def _check_shares(num_rollouts: int, microbatch: int, num_processes: int) -> Non
 
 
 def pessimistic(part: Microbatch, settings: PPOSettings) -> Tensor:
-    """[B] ensemble mean less its disagreement, less a penalty for a missing end and one for repetition."""
+    """[B] ensemble mean less its disagreement, within bounds, less a penalty for a missing end and one for repetition."""
     score = part.scores.mean(1) - settings.disagreement * disagreement(part)
-    return score - settings.fault_penalty * (1 - part.ended + part.repeated)
+    return score.clamp(-settings.most_score, settings.most_score) - settings.fault_penalty * (
+        1 - part.ended + part.repeated
+    )

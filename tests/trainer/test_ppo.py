@@ -265,3 +265,14 @@ def test_rollouts_are_passed_over_no_more_once_the_policy_has_moved_away_from_th
     whole = start(roles, replace(settings, most_moved=100.0)).iterate(1)
     cut = start(roles, replace(settings, most_moved=0.0)).iterate(1)
     assert (whole.passes, cut.passes) == (4, 1)
+
+
+def test_no_reply_scores_more_than_a_bound_whatever_the_heads_say_of_it(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(roles, replace(SETTINGS, fault_penalty=0.0, most_score=3.0))
+    far = replace(run.ensemble, offset=torch.tensor([1000.0]))
+    monkeypatch.setattr(run, "ensemble", far)
+    assert run.iterate(0).score == pytest.approx(-3.0)
+    monkeypatch.setattr(run, "ensemble", replace(far, offset=torch.tensor([-1000.0])))
+    assert run.iterate(1).score == pytest.approx(3.0)

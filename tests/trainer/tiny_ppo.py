@@ -34,11 +34,11 @@ class HalfFleet(FleetSampler):
 
 
 def start(roles: Roles, settings: PPOSettings = SETTINGS, team: Team = ALONE) -> PPO:
-    """The reward likes what the anchor finds likely. When it is surest it says a or b."""
+    """The reward likes what does not surprise the anchor. When it is surest it says a or b."""
     prompts = [roles.prompt_ids([{"role": "user", "content": text}]) for text in ("lemon", "colour?")]
     roles.consensus = Consensus.of({tuple(prompt): Asked("?", ["a", "b"]) for prompt in prompts})
     features = read_features(roles, [(prompt, [40 + n, 60, 1]) for n, prompt in enumerate(prompts)])
     weight = torch.zeros(features.shape[1], 1)
-    weight[-5] = 1.0  # the mean log-probability
+    weight[-3] = 1.0  # surprise, with a minus
     head = Head(torch.ones(features.shape[1]), weight, torch.tensor([-4.0]), torch.tensor([0.5]))
     return PPO(roles, head, head, prompts, settings, seed=0, team=team)
