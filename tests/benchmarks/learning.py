@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from tests.benchmarks.kept import Kept, Key
 from tests.benchmarks.learning_cycles import Step, go_on
@@ -47,6 +48,7 @@ def main() -> None:
     """Run and report."""
     options = _options()
     torch.set_num_threads(options.threads)
+    transformers_logging.disable_progress_bar()
     starter = make_starter(options.state)
     turned = f", {options.flip:.0%} of them turned round" if options.flip else ""
     print(f"{options.votes} votes{turned}; {NUM_QUESTIONS} questions to each policy\n")
