@@ -395,6 +395,5 @@ def _check_shares(num_rollouts: int, microbatch: int, num_processes: int) -> Non
 def pessimistic(part: Microbatch, settings: PPOSettings) -> Tensor:
     """[B] ensemble mean less its disagreement, within bounds, less a penalty for a missing end and one for repetition."""
     score = part.scores.mean(1) - settings.disagreement * disagreement(part)
-    return score.clamp(-settings.most_score, settings.most_score) - settings.fault_penalty * (
-        1 - part.ended + part.repeated
-    )
+    faults = 1 - part.ended + part.repeated
+    return score.clamp(-settings.most_score, settings.most_score) - settings.fault_penalty * faults
