@@ -1,8 +1,11 @@
 """What heads read of a reply, from one pass of the anchor: reward models of the whole of it, the value of what is there so far.
 
-Of a reply: the sum of its input embeddings (which words are there; by their mean a reply would be best that leaves all else out), the
-mean of its last hidden states (what is said with them), how much it surprises the anchor, and how much of what it says the anchor says
-when it is surest (a right answer is a likely one, and most of those, also to a model that often says the wrong one).
+Of a reply: the sum of its words (input embeddings; by their mean a reply would be best that leaves all else out), the mean of its last
+hidden states (what is said with them), how much it surprises the anchor, and how far it says what that says when it is surest (a right
+answer is a likely one, and most of those, also to a model that often says the wrong one).
+
+Words are made as unlike each other as their dimensions allow. Embeddings have directions that most words share, and along these what
+votes say of one word would be taken to be said of others.
 
 Surprise counts a token only as far as it is less likely than what was expected there (arXiv:2202.00666): where a manner is chosen all
 of them are unlikely, and none surprises; where a fact is said, a wrong one does.
@@ -23,7 +26,7 @@ from trainer.rollouts import Sampler
 NUM_PLAIN = 3
 """Features that are few and mean something by themselves: surprise, with a minus; agreement; and, last, the length."""
 AGREEMENT = -2
-"""The place of agreement among the features."""
+"""The place among the features of how much a reply says of what the anchor is sure of, less what that would say to other prompts."""
 ANSWERS = 8
 """That the anchor gives to a prompt, to tell what it is surest of."""
 FEWEST_ANSWERS = 2
@@ -58,7 +61,7 @@ def ask_consensus(roles: Roles, sampler: Sampler, prompts: Sequence[list[int]], 
 
 
 def reward_features(reading: Reading, mask: Tensor) -> Tensor:
-    """[B, F]: sum of embeddings and mean hidden state over the reply, and the plain features (`NUM_PLAIN`).
+    """[B, F]: sum of words and mean hidden state over the reply, and the plain features (`NUM_PLAIN`).
 
     mask: (B, L).
     """
@@ -66,16 +69,7 @@ def reward_features(reading: Reading, mask: Tensor) -> Tensor:
     words = (reading.words * mask[..., None]).sum(1)
     states = (reading.states * mask[..., None]).sum(1) / length
     surprise = reading.surprise.sum(1, keepdim=True)
-    return torch.cat([words, states, -surprise, agreement(reading.said.sum(1)), length], dim=1)
-
-
-def agreement(said: Tensor) -> Tensor:
-    """[..., 1]: the share of what is said that the anchor says when it is surest, 0.0 of nothing.
-
-    said: (..., 2) sums of `Said` over tokens.
-    """
-    rarity, agreed = said.unbind(-1)
-    return (agreed / rarity.clamp(min=1e-6))[..., None]
+    return torch.cat([words, states, -surprise, reading.said.sum(1, keepdim=True), length], dim=1)
 
 
 @torch.no_grad()
@@ -105,7 +99,7 @@ def value_features(reading: Reading, mask: Tensor) -> Tensor:
             words.cumsum(1),
             states.cumsum(1) / divisor[..., None],
             -reading.surprise.cumsum(1)[..., None],
-            agreement(reading.said.cumsum(1)),
+            reading.said.cumsum(1)[..., None],
             count[..., None],
             reading.states,
             torch.ones_like(count)[..., None],

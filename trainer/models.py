@@ -11,7 +11,7 @@ Sequences are padded on the right: with a causal model nothing real can see the 
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from service.settings import Tuning
 from service.tables import Message
-from trainer.consensus import Consensus, Said
+from trainer.consensus import Consensus
 from trainer.passes.attention import use_short_attention
 from trainer.passes.last_layer import last_layer_at
 from trainer.passes.lora import adapter_config
@@ -36,6 +36,8 @@ HALF_A_CHARACTER = "\ufffd"
 """What tokens decode to that are part of one."""
 MOST_BYTES = 4
 """Of a character in UTF-8."""
+LEAST_MOMENT = 0.01
+"""Added to the second moment of embeddings, as a share of its mean: a direction that no word has is not blown up."""
 POLICY = "policy"
 REFERENCE = "reference"
 BASE_MODEL = "base"
@@ -73,7 +75,7 @@ class Reading:
     """What the reference makes of a batch."""
 
     words: Tensor
-    """[B, L, H] input embeddings, float32."""
+    """[B, L, H] input embeddings, float32, spread evenly over their dimensions (`_spread_words`)."""
     states: Tensor
     """[B, L, H] last hidden states, float32: of the reply and of the token before it; elsewhere nothing that means anything."""
     logprobs: Tensor
@@ -81,7 +83,7 @@ class Reading:
     surprise: Tensor
     """[B, L] nats by which each reply token was less likely than is expected there, or 0.0: -log-probability less entropy."""
     said: Tensor
-    """[B, L, 2] what each reply token adds to what is said, and is the anchor's consensus: the fields of `Said`; 0.0 elsewhere."""
+    """[B, L] how much of the anchor's consensus each reply token adds to what is said (`Consensus.read`); 0.0 elsewhere."""
 
 
 @cache
@@ -313,23 +315,37 @@ class Roles(nn.Module):
             entropy = -of_all.exp().mul_(of_all).sum(-1)
             surprise = (-logprobs - entropy).clamp(min=0.0)
             words = self.model.get_input_embeddings()(batch.ids)
-            return Reading(
-                words.float(),
-                states.float(),
-                _at_reply(batch, places, logprobs),
-                _at_reply(batch, places, surprise),
-                self._read_said(batch),
-            )
+        return Reading(
+            words.float() @ self._spread_words,
+            states.float(),
+            _at_reply(batch, places, logprobs),
+            _at_reply(batch, places, surprise),
+            self._read_said(batch),
+        )
+
+    @cached_property
+    def _spread_words(self) -> Tensor:
+        """[H, H] what embeddings are multiplied by so that their second moment over the vocabulary is the identity.
+
+        Embeddings of one direction would else drown all others, and unlike words look alike.
+        """
+        with self.acting_as(REFERENCE):
+            table = self.model.get_input_embeddings().weight.detach().float()
+        moment = table.T @ table / len(table)
+        moment.diagonal().add_(LEAST_MOMENT * moment.diagonal().mean())
+        root = torch.linalg.cholesky(moment)
+        spread: Tensor = torch.linalg.inv(root).T
+        return spread
 
     def _read_said(self, batch: Batch) -> Tensor:
-        """[B, L, 2] as in `Reading`."""
-        nothing, length = astuple(Said()), batch.ids.shape[1]
+        """[B, L] as in `Reading`."""
+        length = batch.ids.shape[1]
         rows = []
         for ids, mask in zip(batch.ids.tolist(), batch.reply_mask.tolist(), strict=True):
             start = mask.index(1.0) if 1.0 in mask else length
             end = start + int(sum(mask))
             said = self.consensus.read(ids[:start], self.pieces(ids[start:end])) if end > start else []
-            rows.append([nothing] * start + [astuple(each) for each in said] + [nothing] * (length - end))
+            rows.append([0.0] * start + said + [0.0] * (length - end))
         return torch.tensor(rows, device=self.device)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from trainer.features import AGREEMENT, NUM_PLAIN, read_features
 from trainer.models import Roles
 from trainer.preferences import Preferences
 
-PLAIN_PRIOR = 3.0
+PLAIN_PRIOR = 2.0
 """How much less surprise and agreement are shrunk than the others: they are few, and known to matter."""
 LENGTH_PRIOR = 6.0
 """The same of length: where it matters, votes on long replies tell what a short one gains, which its few words cannot."""
@@ -105,6 +105,8 @@ def fit(
     second = read_features(roles, [(pair.prompt, pair.second) for pair in pairs])
     # With the anchor's own replies: what those that were voted on all have alike must not count for more than all that votes say.
     scale = torch.cat([first, second, own_features]).std(0).clamp(min=1e-6)
+    # One for all of the words: where some hardly vary they are rare, and would be blown up.
+    scale[: roles.hidden_size] = scale[: roles.hidden_size].square().mean().sqrt()
     scale[AGREEMENT] = scale[AGREEMENT].clamp(min=LEAST_SPREAD)
     scale[-NUM_PLAIN:-1] /= PLAIN_PRIOR
     scale[-1] /= LENGTH_PRIOR

@@ -6,7 +6,7 @@ import torch
 from tests.tiny_model import make_model
 from trainer.consensus import Asked, Consensus
 from trainer.features import (
-    agreement,
+    AGREEMENT,
     ask_consensus,
     num_features,
     read_features,
@@ -16,7 +16,7 @@ from trainer.features import (
 from trainer.models import Roles
 from trainer.rollouts import Sampler
 
-SURPRISE, AGREEMENT = -3, -2
+SURPRISE = -3
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +31,20 @@ def prompts(roles: Roles) -> list[list[int]]:
 
 @pytest.fixture
 def yes(roles: Roles, prompts: list[list[int]]) -> Consensus:
-    """As if the anchor was sure of yes."""
-    return Consensus.of({tuple(prompt): Asked("?", ["yes", "Yes."]) for prompt in prompts})
+    """As if the anchor was sure of yes, and of another word for the other prompt."""
+    one, other = map(tuple, prompts)
+    return Consensus.of({one: Asked("?", ["yes", "Yes."]), other: Asked("?", ["sour"])})
 
 
-def test_a_reply_that_says_the_same_agrees(
+def test_a_reply_that_says_the_same_agrees_and_what_others_are_told_does_not(
     roles: Roles, prompts: list[list[int]], yes: Consensus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roles, "consensus", yes)
-    replies = [roles.reply_ids(text) for text in ("Yes.", "no", "yes no")]
+    replies = [roles.reply_ids(text) for text in ("Yes.", "no", "no, yes", "Sour? Yes.")]
     batch = roles.batch([(prompts[0], reply) for reply in replies])
     features = reward_features(roles.read(batch), batch.reply_mask)
-    assert features.shape == (3, num_features(roles.hidden_size))
-    same, other, both = features[:, AGREEMENT].tolist()
-    assert same == pytest.approx(1.0)
-    assert other == 0.0
-    assert 0.0 < both < 1.0
+    assert features.shape == (4, num_features(roles.hidden_size))
+    assert features[:, AGREEMENT].tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])
 
 
 def test_what_is_less_likely_than_expected_surprises(roles: Roles, prompts: list[list[int]]) -> None:
@@ -69,15 +67,20 @@ def test_before_its_end_token_the_value_sees_what_the_reward_sees_of_what_is_the
     roles: Roles, prompts: list[list[int]], yes: Consensus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roles, "consensus", yes)
-    reply = roles.reply_ids("no. yes. no")
+    reply = roles.reply_ids("yes. sour. no")
     batch, before = roles.batch([(prompts[1], reply)]), roles.batch([(prompts[1], reply[:-1])])
     last = len(prompts[1]) + len(reply) - 1
     value = value_features(roles.read(batch), batch.reply_mask)[0, last]
     reward = reward_features(roles.read(before), before.reply_mask)[0]
-    seen = value[: len(reward)].clone()
-    # The reward model takes a reply that is cut off for whole: its last word has ended.
-    seen[AGREEMENT] = reward[AGREEMENT]
-    torch.testing.assert_close(seen, reward, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(value[: len(reward)], reward, rtol=1e-2, atol=1e-2)
+
+
+def test_words_are_spread_evenly_over_their_dimensions(roles: Roles) -> None:
+    """Their second moment over the vocabulary is the identity but for what keeps it from singular, whatever the embeddings'."""
+    everything = [*range(roles.language_model.config.vocab_size)]
+    words = roles.read(roles.batch([([5], everything)])).words[0, 1 : 1 + len(everything)]
+    moment = words.T @ words / len(words)
+    torch.testing.assert_close(moment, torch.eye(roles.hidden_size), atol=0.1, rtol=0.0)
 
 
 def test_features_do_not_depend_on_the_batch(roles: Roles) -> None:
@@ -88,18 +91,13 @@ def test_features_do_not_depend_on_the_batch(roles: Roles) -> None:
     torch.testing.assert_close(together, alone, atol=2e-2, rtol=2e-2)
 
 
-def test_nothing_said_agrees_with_nothing() -> None:
-    assert agreement(torch.zeros(2, 2)).tolist() == [[0.0], [0.0]]
-
-
 def test_the_anchor_is_asked_each_prompt_once_and_says_the_same_for_the_same_seed(
     roles: Roles, prompts: list[list[int]]
 ) -> None:
     sampler = Sampler(roles.end_ids, max_tokens=6)
     one = ask_consensus(roles, sampler, [*prompts, *prompts], seed=3)
-    assert set(one.shares) == set(map(tuple, prompts))
-    assert any(one.shares.values())
-    assert all(0.0 < share <= 1.0 for words in one.shares.values() for share in words.values())
+    assert set(one.known) == set(map(tuple, prompts))
+    assert any(one.foreign.values())
     assert ask_consensus(roles, sampler, prompts, seed=3) == one
     assert ask_consensus(roles, sampler, prompts, seed=4) != one
 
@@ -128,5 +126,7 @@ def test_with_very_many_prompts_each_is_asked_less_often(
     roles: Roles, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.features.MOST_ASKED", 4)
-    consensus = ask_consensus(roles, Sampler(roles.end_ids, max_tokens=6), prompts, seed=3)
-    assert all(share in (0.5, 1.0) for words in consensus.shares.values() for share in words.values())
+    asked = dict[tuple[int, ...], Asked]()
+    monkeypatch.setattr(Consensus, "of", asked.update)
+    ask_consensus(roles, Sampler(roles.end_ids, max_tokens=6), prompts, seed=3)
+    assert [len(each.answers) for each in asked.values()] == [2, 2]

@@ -16,7 +16,7 @@ from tests.trainer.tiny_cycle import RANK, learn_and_publish, open_gate
 from tests.trainer.tiny_ppo import SETTINGS as PPO_SETTINGS
 from tests.trainer.tiny_ppo import HalfFleet, start
 from trainer import followers, ppo_math, ppo_run
-from trainer.consensus import Consensus, Said
+from trainer.consensus import Consensus
 from trainer.iterations import Iteration, NonFinite, Outcome
 from trainer.models import Origin
 from trainer.ppo import PPO
@@ -134,8 +134,8 @@ def follow(folder: Path, team: Team) -> None:
         losses, clipped = loss(*arguments)
         return losses * (float("nan") if next(spoilt, False) else 1.0), clipped
 
-    def listen(self: Consensus, prompt: Any, pieces: Any) -> list[Said]:
-        knew.append(tuple(prompt) in self.shares)
+    def listen(self: Consensus, prompt: Any, pieces: Any) -> list[float]:
+        knew.append(tuple(prompt) in self.known)
         return read(self, prompt, pieces)
 
     with pytest.MonkeyPatch.context() as patch:
