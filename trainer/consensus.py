@@ -54,7 +54,7 @@ class Consensus:
         )
         foreign = {word: earned[word] / total for word, total in totals.items()}
         known = {
-            ids: dict.fromkeys(sorted(own[ids]), 0.0)
+            ids: dict.fromkeys(own[ids], 0.0)
             | {word: worth[ids][word] - (1 - share) * foreign[word] for word, share in each.items()}
             for ids, each in shares.items()
         }

@@ -26,7 +26,7 @@ from trainer.rollouts import Sampler
 NUM_PLAIN = 3
 """Features that are few and mean something by themselves: surprise, with a minus; agreement; and, last, the length."""
 AGREEMENT = -2
-"""The place among the features of how much a reply says of what the anchor is sure of, less what that would say to other prompts."""
+"""The place among the features of how much a reply says of what answers its prompt, less what answers others (`Consensus`)."""
 ANSWERS = 8
 """That the anchor gives to a prompt, to tell what it is surest of."""
 FEWEST_ANSWERS = 2

@@ -34,7 +34,7 @@ PLAIN_MEAN = 0.1
 """Weight of surprise (with its minus) and agreement that the penalty pulls towards; of all else 0.0. With no votes to tell, what the
 anchor expects, and says when it is surest, is rather right."""
 LEAST_SPREAD = 0.1
-"""Of agreement, which is a share: less is taken for this, lest what hardly varies is blown up."""
+"""Of agreement, which is 1.0 for a right answer: less is taken for this, lest what hardly varies is blown up."""
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 """Strengths of the penalty on weights that cross-validation chooses from."""
 
