@@ -172,9 +172,15 @@ def _check_against(
         if sorted(shape) != sorted(sizes):
             raise PolicyRefused(f"{module} is {shape} in the base, and the adapter's is for {list(sizes)}")
     for name in base:
-        wanted = name.rpartition(".")[2] in targets
-        if wanted and not any(module == name or module.endswith(f".{name}") for module in modules):
+        if any(_is_named(name, target) for target in targets) and not any(
+            module == name or module.endswith(f".{name}") for module in modules
+        ):
             raise PolicyRefused(f"it leaves out {name}")
+
+
+def _is_named(module: str, target: str) -> bool:
+    """Whether a target means this module: by its last names, or all of them, and a prefix that the checkpoint leaves out."""
+    return f".{module}".endswith(f".{target}") or target.endswith(f".{module}")
 
 
 def _is_finite(file: BinaryIO, start: int, entry: TensorEntry) -> bool:

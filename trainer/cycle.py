@@ -182,7 +182,14 @@ def _learn(run: Run) -> str:
         raise CycleEnded("failed", f"Method {recipe.method} trains in one process: start the trainer alone.")
     if recipe.method != "ppo" and settings.tuning == "full":
         raise CycleEnded("failed", f"Method {recipe.method} trains adapters alone: set RATCHET_TUNING=lora.")
-    origin = Origin(start.base, settings.lora_rank, start.folder, start.anchor_folder, settings.tuning)
+    origin = Origin(
+        start.base,
+        settings.lora_rank,
+        start.folder,
+        start.anchor_folder,
+        settings.tuning,
+        settings.lora_layers,
+    )
     roles = whole.load_roles(origin, run.team.device)
     lesson = preferences.read(roles, feedback, settings.votes_per_user)
     guards = load_guards(settings.guard, start.base)

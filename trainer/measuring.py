@@ -77,9 +77,10 @@ def _read(
     empty = torch.zeros_like(batch.reply_mask)
     return Microbatch(
         batch=batch,
-        old=roles.logprobs(batch, scoring.temperature),
+        old=roles.logprobs(batch, scoring.temperature, lower=reading.lower),
         sampled=sampled_logprobs(batch, rollouts),
         reference=reading.logprobs,
+        lower=None,
         features=empty,
         values=empty,
         scores=ensemble(reward),

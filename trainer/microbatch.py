@@ -1,6 +1,6 @@
 """Some rollouts of like length, with all that PPO's update needs of them. For `ppo.py`, and `measuring.py`, which updates nothing.
 
-Legend: B sequences, L tokens of prompt and reply, K heads of the ensemble, J of the judge, G value features.
+Legend: B sequences, L tokens of prompt and reply, H hidden size, K heads of the ensemble, J of the judge, G value features.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,8 @@ class Microbatch:
     sampled: Tensor
     """The same by whoever sampled."""
     reference: Tensor
+    lower: Tensor | None
+    """[B, L, H] as in `Reading`."""
     features: Tensor
     """[B, L, G] value features."""
     values: Tensor

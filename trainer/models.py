@@ -28,6 +28,7 @@ from service.tables import Message
 from trainer.consensus import Consensus
 from trainer.passes.attention import use_short_attention
 from trainer.passes.last_layer import last_layer_at
+from trainer.passes.layers import find_frozen_layers, gone_over, recorded
 from trainer.passes.lora import adapter_config
 from trainer.passes.norm import use_one_step_norms
 from trainer.passes.shapes import LENGTH, choose_places, round_up
@@ -84,6 +85,8 @@ class Reading:
     """[B, L] nats by which each reply token was less likely than is expected there, or 0.0: -log-probability less entropy."""
     said: Tensor
     """[B, L] how much of the anchor's consensus each reply token adds to what is said (`Consensus.read`); 0.0 elsewhere."""
+    lower: Tensor | None
+    """[B, L, H] what the layers below all adapters make of the batch, for the policy to go on from; None where there are none."""
 
 
 @cache
@@ -113,6 +116,8 @@ class Origin(NamedTuple):
     """Folder of the policy that the reference is; None: the base."""
     tuning: Tuning = "lora"
     """`full`: see `whole.py`, whose `load_roles` is for both."""
+    layers: float = 1.0
+    """Share of the base's layers, the last ones, that a new adapter is on."""
 
 
 class Roles(nn.Module):
@@ -137,13 +142,14 @@ class Roles(nn.Module):
         parent: Path | None = None,
         anchor: Path | None = None,
         device: torch.device | None = None,
+        layers: float = 1.0,
     ) -> "Roles":
-        """As in `Origin`. rank: of a new adapter."""
+        """As in `Origin`."""
         device = device or torch.get_default_device()
         model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(device))
         use_cheap_passes(model)
         tokenizer = AutoTokenizer.from_pretrained(base)
-        config = adapter_config(model, rank, parent)
+        config = adapter_config(model, rank, parent, layers)
         if parent is None:
             peft = get_peft_model(model, config, adapter_name=POLICY, autocast_adapter_dtype=True)
         else:
@@ -153,7 +159,7 @@ class Roles(nn.Module):
         if anchor is not None:
             peft.load_adapter(str(anchor), adapter_name=ANCHOR)
             peft.set_adapter(POLICY)
-        return Roles(peft, tokenizer, Origin(base, rank, parent, anchor)).eval().to(device)
+        return Roles(peft, tokenizer, Origin(base, rank, parent, anchor, layers=layers)).eval().to(device)
 
     @property
     def device(self) -> torch.device:
@@ -295,12 +301,15 @@ class Roles(nn.Module):
         finally:
             self.model.set_adapter(POLICY)
 
-    def logprobs(self, batch: Batch, temperature: float = 1.0, role: str = POLICY) -> Tensor:
+    def logprobs(
+        self, batch: Batch, temperature: float = 1.0, role: str = POLICY, lower: Tensor | None = None
+    ) -> Tensor:
         """[B, L] the policy's (or another's) log-probability of each reply token given all before it; 0.0 elsewhere.
 
-        The vocabulary is computed at the reply's tokens alone. Logits are divided by the sampling temperature first.
+        The vocabulary is computed at the reply's tokens alone. Logits are divided by the sampling temperature first. lower: as in
+        `Reading`, of this batch.
         """
-        with self.acting_as(role):
+        with self.acting_as(role), gone_over(self._frozen_layers, lower):
             _, logits, places = self._forward(batch)
             logprobs = _TokenLogprobs.apply(logits, _chosen(batch, places), temperature)  # type: ignore[no-untyped-call]
             return _at_reply(batch, places, logprobs)
@@ -308,7 +317,7 @@ class Roles(nn.Module):
     @torch.no_grad()
     def read(self, batch: Batch, temperature: float = 1.0) -> Reading:
         """One pass of the reference: all that reference, reward models and value need of a batch."""
-        with self.acting_as(REFERENCE):
+        with self.acting_as(REFERENCE), recorded(self._frozen_layers) as lower:
             states, logits, places = self._forward(batch)
             of_all = _log_softmax(logits, temperature)
             logprobs = of_all.gather(-1, _chosen(batch, places)[:, None])[:, 0]
@@ -321,7 +330,13 @@ class Roles(nn.Module):
             _at_reply(batch, places, logprobs),
             _at_reply(batch, places, surprise),
             self._read_said(batch),
+            lower[0] if lower else None,
         )
+
+    @cached_property
+    def _frozen_layers(self) -> list[nn.Module]:
+        """The same in every role."""
+        return find_frozen_layers(self.language_model.base_model)
 
     @cached_property
     def _spread_words(self) -> Tensor:

@@ -281,9 +281,10 @@ class PPO:
         sampled = sampled_logprobs(batch, rollouts)
         return Microbatch(
             batch=batch,
-            old=sampled if trusted else roles.logprobs(batch, self.settings.temperature),
+            old=sampled if trusted else roles.logprobs(batch, self.settings.temperature, lower=reading.lower),
             sampled=sampled,
             reference=reading.logprobs,
+            lower=reading.lower,
             features=features,
             values=self.value(features, batch.reply_mask),
             scores=self.ensemble(reward),
@@ -308,7 +309,7 @@ class PPO:
         num_tokens = self.team.sum(torch.stack([part.mask.sum() for part in minibatch]).sum())
         total_loss, num_clipped, moved = 0.0, 0.0, 0.0
         for part in minibatch:
-            logprobs = self.roles.logprobs(part.batch, self.settings.temperature)
+            logprobs = self.roles.logprobs(part.batch, self.settings.temperature, lower=part.lower)
             losses, clipped = ppo_math.policy_loss(
                 logprobs, part.old, part.advantages, part.mask, self.settings.clip
             )

@@ -34,7 +34,7 @@ LEARNING_RATE_TIMES_WIDTH = 0.04
 def load_roles(origin: Origin, device: torch.device | None = None) -> Roles:
     """Of either kind of tuning. Raises ValueError where what would be trained could not be published."""
     if origin.tuning == "lora":
-        return Roles.load(origin.base, origin.rank, origin.parent, origin.anchor, device)
+        return Roles.load(origin.base, origin.rank, origin.parent, origin.anchor, device, origin.layers)
     device = device or torch.get_default_device()
     dtype = models.compute_dtype(device)
     policy = _load_trained(origin.base, origin.parent, dtype)

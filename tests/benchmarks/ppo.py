@@ -40,7 +40,9 @@ def main() -> None:
             print(f"\n{contest_report(contest)}")
     goals = [goal for contest in contests for goal in contest_goals(contest)]
     share = f"- {others.share():.0%} of all cores' time went to processes outside this benchmark"
-    print(f"\n{DIFFERENCES.format(epochs=options.epochs)}\n\n{goals_report(goals)}\n\n{share}")
+    print(
+        f"\n{DIFFERENCES.format(epochs=options.epochs, layers=options.layers)}\n\n{goals_report(goals)}\n\n{share}"
+    )
     write_results("ppo", {"contests": [asdict(contest) for contest in contests], "others": others.share()})
 
 
@@ -67,6 +69,7 @@ def _prepare(size: Size, folder: Path, options: argparse.Namespace) -> Contest:
         iterations=options.iterations,
         dtype=options.trl_dtype or str(compute_dtype(torch.device("cpu"))).removeprefix("torch."),
         rank=options.rank,
+        layers=options.layers,
     )
     prompt_tokens = sum(map(len, job.prompts)) / samples
     floor = count_floor(size.recipe, prompt_tokens, job.reply_tokens, job.epochs)
@@ -105,6 +108,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3, help="passes over an iteration's samples")
     parser.add_argument("--reply-tokens", type=int, default=40, help="of every reply")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter")
+    parser.add_argument(
+        "--layers", type=float, default=0.5, help="share of the layers, the last ones, that the adapter is on"
+    )
     parser.add_argument("--trl-full", action="store_true", help="have TRL train all weights, not an adapter")
     parser.add_argument("--trl-dtype", choices=("float32", "bfloat16"), help="by default as Ratchet chooses")
     return parser.parse_args()

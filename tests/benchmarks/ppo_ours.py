@@ -18,7 +18,7 @@ def work(job: Job) -> Figures:
     """Raises ValueError where a reply was not of full length."""
     memory_of_process.keep_freed()  # as the trainer's process does
     torch.manual_seed(0)
-    roles = Roles.load(job.base, job.rank)
+    roles = Roles.load(job.base, job.rank, layers=job.layers)
     # As if the anchor had been asked, which a cycle does once, before PPO: reading what replies have of it is PPO's.
     roles.consensus = Consensus.of(
         {tuple(ids): Asked("", [roles.decode(other) for other in job.prompts[:8]]) for ids in job.prompts}

@@ -15,13 +15,16 @@ FASTER, SMALLER = 3.0, 0.5
 DIFFERENCES = """### What each does for a sample
 
 Both: sample the reply, log-probabilities of policy and reference, scores, values, {epochs} passes of updates in minibatches with
-AdamW, the same adapter on the same base. Every reply has its full length: the model cannot end one.
+AdamW, the same adapter on the same base: on {layers:.0%} of its layers, the last ones. Every reply has its full length: the model
+cannot end one.
 
 - *Reward.* TRL's reward model is a sequence classifier, a copy of the base with a scalar head on the last token's last hidden state:
   a pass of its own. Ratchet's are 64 linear heads (an ensemble and the judge) on the reply's mean last hidden state
   and surprise, of the pass that the reference makes anyway. Both score on last hidden states of the same size.
 - *Value.* TRL trains a second copy of the base, forward and backward in every update. Ratchet's is linear in the reference's
   states, fit by least squares once an iteration.
+- *Layers below the adapter.* Both leave them out of passes backward. Ratchet computes them once, for reference and policy, and TRL
+  in every pass forward.
 - *Old log-probabilities.* Both keep those of the sampler. Ratchet reads one microbatch again, and all of them where that shows
   more than rounding.
 - *Padding.* TRL pads every prompt of a batch to the longest one; Ratchet sorts by length.

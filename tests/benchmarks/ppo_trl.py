@@ -4,6 +4,7 @@ Its settings favour speed: no gradient checkpointing (TRL's default is to have i
 in one batch, a minibatch in one piece, no generation of samples to look at.
 """
 
+import math
 import tempfile
 from typing import Any
 
@@ -20,8 +21,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from tests.benchmarks.ppo_visit import Clock, Figures, Job, Memory, answer
 
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
-"""Those that Ratchet adapts too."""
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -53,7 +53,7 @@ def work(job: Job) -> Figures:
         r=job.rank,
         lora_alpha=2 * job.rank,
         lora_dropout=0.0,
-        target_modules=LAYERS,
+        target_modules=_adapted(policy.config.num_hidden_layers, job.layers),
         task_type="CAUSAL_LM",
     )
     prompts = Dataset.from_dict({"input_ids": job.prompts})
@@ -75,6 +75,12 @@ def work(job: Job) -> Figures:
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     clock = watch.clock
     return Figures(clock.seconds, clock.cpu_seconds, memory.idle_mib, memory.peak_mib, trained, job.dtype)
+
+
+def _adapted(layers: int, share: float) -> str:
+    """A pattern of the names of what Ratchet adapts too: the linear layers of the last layers, and the output embeddings."""
+    upper = "|".join(str(number) for number in range(layers - math.ceil(layers * share), layers))
+    return rf"lm_head|.*\.({upper})\..*\.({'|'.join(LINEAR)})"
 
 
 def _settings(job: Job, folder: str) -> PPOConfig:

@@ -38,6 +38,8 @@ class Job:
     """Of the frozen weights and of computing: float32 or bfloat16. Ratchet finds out by itself which is faster."""
     rank: int
     """Of the adapter; 0 trains all weights (TRL alone)."""
+    layers: float
+    """Share of the model's layers, the last ones, that the adapter is on."""
 
     @property
     def prompts(self) -> list[list[int]]:

@@ -26,7 +26,7 @@ def test_the_floor_by_hand() -> None:
 
 
 def job(base: Path) -> Job:
-    return Job(str(base), 8, 4, epochs=1, reply_tokens=5, iterations=1, dtype="float32", rank=2)
+    return Job(str(base), 8, 4, epochs=1, reply_tokens=5, iterations=1, dtype="float32", rank=2, layers=0.5)
 
 
 def test_our_side_trains_on_full_replies(tmp_path: Path) -> None:

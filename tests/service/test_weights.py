@@ -5,6 +5,7 @@ import math
 import random
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,30 @@ def test_one_that_leaves_a_module_out_says_which(tmp_path: Path, base: Path) -> 
         safetensors({"model.layers.1.self_attn.q_proj.weight": [[0.0] * 3] * 2})
     )
     with pytest.raises(PolicyRefused, match=r"leaves out model\.layers\.1\.self_attn\.q_proj"):
+        check_adapter(folder, base)
+
+
+@pytest.mark.parametrize(
+    ("target", "refused"),
+    [
+        ("q_proj", True),
+        ("1.self_attn.q_proj", True),
+        ("model.layers.1.self_attn.q_proj", True),
+        ("whole.model.layers.1.self_attn.q_proj", True),  # the checkpoint leaves the model's own prefix out
+        ("0.self_attn.q_proj", False),
+        ("11.self_attn.q_proj", False),
+    ],
+)
+def test_a_module_is_left_out_where_a_target_means_it(
+    tmp_path: Path, base: Path, target: str, refused: bool
+) -> None:
+    folder = write_policy(tmp_path / "policy-000001", PROBE)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"target_modules": [target]}))
+    (base / "more.safetensors").write_bytes(
+        safetensors({"model.layers.1.self_attn.q_proj.weight": [[0.0] * 3] * 2})
+    )
+    with pytest.raises(PolicyRefused, match="leaves out") if refused else nullcontext():
         check_adapter(folder, base)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from service.weights import check_adapter
 from tests.tiny_model import make_family
 from trainer.models import Roles
-from trainer.passes.lora import OUTPUTS_ADAPTED, LowRankLinear, adapter_config
+from trainer.passes.lora import OUTPUTS_ADAPTED, LowRankLinear, with_cheap_passes
 from trainer.publish import save_adapter
 
 
@@ -27,10 +27,6 @@ class Tiny(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., 8) -> (..., 4)."""
         return self.second(self.first(x).tanh())  # type: ignore[no-any-return]
-
-
-def our_config() -> LoraConfig:
-    return adapter_config(Tiny(), 4)
 
 
 def make(config: LoraConfig, dtype: torch.dtype) -> nn.Module:
@@ -55,6 +51,10 @@ def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 def peft_config() -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8)
+
+
+def our_config() -> LoraConfig:
+    return with_cheap_passes(peft_config())
 
 
 def test_outputs_and_gradients_are_those_of_peft() -> None:
@@ -132,6 +132,26 @@ def test_output_embeddings_are_adapted_where_they_are_the_models_own_and_engines
     names = Roles.load(base, rank=4).policy_weights()
     assert any("lm_head" in name for name in names) == adapted
     assert sum("q_proj.lora_A" in name for name in names) == 2
+
+
+@pytest.mark.parametrize(("share", "adapted"), [(1.0, [0, 1]), (0.6, [0, 1]), (0.5, [1]), (0.01, [1])])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_is_on_the_last_layers(
+    share: float, adapted: list[int], tied: bool, tmp_path: Path
+) -> None:
+    base = make_family(tmp_path / "base", "llama", tied=tied)
+    roles = Roles.load(base, rank=4, layers=share)
+    names = roles.policy_weights()
+    assert [number for number in range(2) if any(f".layers.{number}." in name for name in names)] == adapted
+    for number in adapted:
+        assert sum(f".layers.{number}." in name for name in names) == 2 * 7
+    assert any("lm_head" in name for name in names) != tied
+    save_adapter(roles, tmp_path / "adapter")
+    check_adapter(tmp_path / "adapter", base)
+    again = Roles.load(base, rank=8, parent=tmp_path / "adapter")
+    assert again.policy_weights().keys() == names.keys(), (
+        "a policy that goes on from another keeps its layers"
+    )
 
 
 def test_a_folder_holds_no_more_of_output_embeddings_than_their_adapter(tmp_path: Path) -> None:

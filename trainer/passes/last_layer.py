@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.passes.layers import find_layers
+
 PARTS = frozenset({"mlp", "q_proj", "o_proj", "c_proj"})
 """A layer's parts, by their names in transformers, whose output at a token needs their input there alone, and is read there alone."""
-LAYERS = ("layers", "h")
-"""Names of a backbone's list of layers; one without such is computed whole."""
 
 
 @contextmanager
 def last_layer_at(backbone: nn.Module, places: Tensor, shape: torch.Size) -> Iterator[None]:
     """Within it the backbone reads batches of one shape, and its last layer is computed at some places of the flattened batch.
 
-    places: (n,), none twice; shape: (B, L).
+    A backbone without a list of layers is computed whole. places: (n,), none twice; shape: (B, L).
     """
-    layers = next((found for name in LAYERS if (found := getattr(backbone, name, None))), None)
+    layers = find_layers(backbone)
     with ExitStack() as stack:
         for part in _parts(layers[-1]) if layers else ():
             stack.enter_context(part.register_forward_pre_hook(partial(_take, places)))

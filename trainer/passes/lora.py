@@ -6,6 +6,7 @@ computed in the base's type, and what is kept is the input, which layers that re
 Legend: N tokens, I and O channels in and out, R rank.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trainer.passes.layers import find_layers
 
 OUTPUTS_ADAPTED = frozenset(
     {
@@ -29,31 +34,49 @@ OUTPUTS_ADAPTED = frozenset(
 """Models for which vLLM 0.32 takes an adapter of the output embeddings; for others, as Mistral's and Qwen2's, it refuses one."""
 
 
-def adapter_config(model: nn.Module, rank: int, parent: Path | None = None) -> LoraConfig:
-    """Of a new adapter on all linear layers of a model, or of the one in a folder; its layers compute as here."""
+def adapter_config(
+    model: PreTrainedModel, rank: int, parent: Path | None = None, share: float = 1.0
+) -> LoraConfig:
+    """Of a new adapter on the linear layers of a model, or of the one in a folder; they compute as here.
+
+    share: of the model's layers, the last ones, that a new adapter is on.
+    """
     if parent is not None:
-        config = LoraConfig.from_pretrained(str(parent))
-    else:
-        config = LoraConfig(
+        return with_cheap_passes(LoraConfig.from_pretrained(str(parent)))
+    return with_cheap_passes(
+        LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
             lora_dropout=0.0,
-            target_modules=_layers(model),
+            target_modules=_adapted(model, share),
             task_type="CAUSAL_LM",
         )
+    )
+
+
+def with_cheap_passes(config: LoraConfig) -> LoraConfig:
+    """The same one, whose layers compute as here."""
     config._register_custom_module({nn.Linear: LowRankLinear})
     return config
 
 
-def _layers(model: nn.Module) -> str | list[str]:
-    """All linear layers; the output embeddings among them where engines take that, and the model has some of its own.
+def _adapted(model: PreTrainedModel, share: float) -> list[str]:
+    """Names of linear layers; the output embeddings among them where engines take that, and the model has some of its own.
 
     Where two words' rows are alike no hidden state can say one without the other, and only another row can.
     """
+    layers = find_layers(model.base_model)
+    left_out = {
+        module
+        for layer in layers[: len(layers) - math.ceil(len(layers) * share)]
+        for module in layer.modules()
+    }
     if type(model).__name__ not in OUTPUTS_ADAPTED or has_tied_embeddings(model):
-        return "all-linear"  # PEFT's word for all but the output embeddings
-    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return sorted({name.rpartition(".")[2] for name in linear})
+        left_out.add(model.get_output_embeddings())
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
+    return [name for name, module in linear.items() if module not in left_out]
 
 
 def has_tied_embeddings(model: Any) -> bool:
