@@ -5,6 +5,7 @@ It talks nonsense, which is all that tests of the service need; nothing here is 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,18 @@ def _config(vocab_size: int, tied: bool) -> LlamaConfig:
     )  # fmt: skip
 
 
-def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3, merged: bool = False) -> Path:
+def make_policy(
+    folder: Path,
+    base: Path,
+    *,
+    seed: int,
+    scale: float = 0.3,
+    merged: bool = False,
+    adapted: Sequence[str] = ("q_proj", "v_proj", "down_proj"),
+) -> Path:
     """Write a policy folder as the trainer does: a random adapter, a manifest with a true probe, READY.
 
-    merged: with the whole model, merged by PEFT.
+    merged: with the whole model, merged by PEFT. adapted: how the names end of what has an adapter, beside output embeddings.
     """
     torch.manual_seed(seed)
     plain = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -141,7 +150,7 @@ def make_policy(folder: Path, base: Path, *, seed: int, scale: float = 0.3, merg
         LoraConfig(
             r=8,
             lora_alpha=16,
-            target_modules=["q_proj", "v_proj", "down_proj", *outputs],
+            target_modules=[*adapted, *outputs],
             task_type="CAUSAL_LM",
         ),
     ).eval()

@@ -58,9 +58,10 @@ class Value:
     def add(self, features: Tensor, returns: Tensor, mask: Tensor) -> None:
         """Adds the data of a batch. features: (B, L, G), returns, mask: (B, L)."""
         real = mask.bool()
-        rows = features[real].double() / self.scale
+        rows = features[real] / self.scale
+        # Products in float32, of which many are taken a second, and sums of them in float64.
         self.moment += rows.T @ rows
-        self.target += rows.T @ returns[real].double()
+        self.target += rows.T @ returns[real]
 
     def fit(self) -> None:
         """Weights from all data that any process has added so far."""

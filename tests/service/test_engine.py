@@ -259,6 +259,30 @@ def test_weights_that_are_not_what_the_manifest_says_never_go_live(
     assert "log-probabilities differ" in reason
 
 
+async def test_an_adapter_on_the_last_layers_alone_leaves_the_others_the_bases(
+    vllm: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """After one on all of them, in whose place it may be loaded."""
+    upper = [f"layers.1.{name}" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
+    folders = [
+        make_policy(tmp_path / "policy-800001", tiny_model, seed=11),
+        make_policy(tmp_path / "policy-800002", tiny_model, seed=12, adapted=upper),
+    ]
+    async with aiohttp.ClientSession() as session:
+        engine = VllmEngine(vllm, session)
+        for folder in folders:
+            [probe, *_] = json.loads((folder / "manifest.json").read_text())["probe"]
+            await engine.load(folder.name, str(folder))
+            try:
+                for number, expected in enumerate(probe["logprobs"]):
+                    if expected is not None:
+                        ids = probe["token_ids"]
+                        found = await engine.logprob(folder.name, ids[:number], ids[number])
+                        assert found == pytest.approx(expected, abs=0.2)
+            finally:
+                await engine.unload(folder.name)
+
+
 async def test_a_completion_of_token_ids_has_every_tokens_own_log_probability_and_ends_where_it_should(
     vllm: str, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -57,6 +57,27 @@ def test_a_base_of_any_family_goes_through_the_whole_cycle(
 
 
 @pytest.mark.usefixtures("_open_gate", "_exact")
+@EVERY_FAMILY
+def test_so_it_does_with_an_adapter_on_the_last_layers_alone(family: str, tmp_path: Path) -> None:
+    base = make_family(tmp_path / "base", family)
+    torch.manual_seed(0)
+    roles = Roles.load(base, RANK, layers=0.5)
+    batch = roles.batch([(roles.prompt_ids(VOTES[0].messages), roles.reply_ids("a lemon is yellow"))])
+    anchor = roles.read(batch)
+    assert anchor.lower is not None
+
+    published = learn_and_publish(roles, tmp_path)
+
+    policy = Roles.load(base, RANK, published).logprobs(batch)
+    assert (policy - anchor.logprobs).abs().max() > 0.05
+    assert torch.equal(policy, roles.logprobs(batch, lower=anchor.lower))
+    for probe in read_folder(NAME, published, base, merged=True).probe:  # which the service looks at, too
+        told = [logprob is not None for logprob in probe.logprobs]
+        expected = pytest.approx(list(compress(probe.logprobs, told)), abs=1e-4)
+        assert list(compress(read_logprobs(roles.model, probe.token_ids), told)) == expected
+
+
+@pytest.mark.usefixtures("_open_gate", "_exact")
 @TIED_AND_PADDED
 @EVERY_FAMILY
 def test_so_it_does_with_all_its_weights_trained(
