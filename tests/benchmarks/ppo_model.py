@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from trainer import world
+from trainer.models import compute_dtype
 from trainer.starter import Recipe, new_model, train_tokenizer
 
 SHORTEST, LONGEST = 16, 48
@@ -86,18 +87,9 @@ def count_floor(recipe: Recipe, prompt_tokens: float, reply_tokens: int, epochs:
     return Floor(sampling=forward, reading=forward, updates=epochs * 3 * forward)
 
 
-PROBE = 256
-"""Rows of a small product by which a type is left out that is too slow to be anybody's floor."""
-HOPELESS = 20.0
-"""Times slower than float32 at it: bfloat16 where the CPU has no products for it, of which a large one takes a minute."""
-
-
 def measure_matrix_rate(size: int = 2048, repeats: int = 4) -> dict[str, float]:
-    """Operations a second of a large matrix product in float32, and in bfloat16 where that is not hopeless; the best of some."""
-    likely = _product_rate(torch.bfloat16, PROBE, repeats) * HOPELESS > _product_rate(
-        torch.float32, PROBE, repeats
-    )
-    dtypes = [torch.float32, torch.bfloat16] if likely else [torch.float32]
+    """Operations a second of a large matrix product, the best of some: in float32, and in bfloat16 where that is what is faster."""
+    dtypes = dict.fromkeys([torch.float32, compute_dtype(torch.device("cpu"))])
     return {str(dtype).removeprefix("torch."): _product_rate(dtype, size, repeats) for dtype in dtypes}
 
 
