@@ -53,10 +53,10 @@ bench-transfer: ## exports and imports: rows a second, CPU, memory, and what oth
 	@sh deploy/setup.sh test
 	@exec $(PYTHON) -m tests.benchmarks.transfer $(VOTES)
 
-bench-ppo: ## our PPO beside TRL's: samples a second, peak memory, and the arithmetic that neither can do without; ROUNDS=3
+bench-ppo: ## our PPO beside TRL's: samples a second, peak memory, and the arithmetic that neither can do without; ROUNDS=3 LAYERS=0.5
 	@sh deploy/setup.sh test
 	@sh deploy/setup.sh trl
-	@exec $(PYTHON) -m tests.benchmarks.ppo $(if $(ROUNDS),--rounds $(ROUNDS))
+	@exec $(PYTHON) -m tests.benchmarks.ppo $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(LAYERS),--layers $(LAYERS))
 
 bench-duel: ## simulated duels: how often they err with a look after every vote, and how many votes they take; DUELS=10000
 	@sh deploy/setup.sh test

@@ -28,7 +28,7 @@ from service.tables import Message
 from trainer.consensus import Consensus
 from trainer.passes.attention import use_short_attention
 from trainer.passes.last_layer import last_layer_at
-from trainer.passes.layers import find_frozen_layers, gone_over, recorded
+from trainer.passes.layers import find_frozen_layers, recorded, skipped
 from trainer.passes.lora import adapter_config
 from trainer.passes.norm import use_one_step_norms
 from trainer.passes.shapes import LENGTH, choose_places, round_up
@@ -309,7 +309,7 @@ class Roles(nn.Module):
         The vocabulary is computed at the reply's tokens alone. Logits are divided by the sampling temperature first. lower: as in
         `Reading`, of this batch.
         """
-        with self.acting_as(role), gone_over(self._frozen_layers, lower):
+        with self.acting_as(role), skipped(self._frozen_layers, lower):
             _, logits, places = self._forward(batch)
             logprobs = _TokenLogprobs.apply(logits, _chosen(batch, places), temperature)  # type: ignore[no-untyped-call]
             return _at_reply(batch, places, logprobs)

@@ -177,6 +177,7 @@ class PPO:
         memory.give_back()  # updates need the most, and tensors of other sizes
         self.optimizer.param_groups[0]["lr"] = self._learning_rate(number)
         passes = self._improve(microbatches)
+        memory.give_back()
         self.value.fade()
         for part in microbatches:
             self.value.add(part.features, part.returns, part.mask)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from service.policies import MERGED
+from service.weights import CONFIG
 from trainer.models import BASE_MODEL, POLICY, Batch, Roles
 from trainer.rollouts import Rollout
 
@@ -94,6 +95,9 @@ def save_adapter(roles: Roles, folder: Path) -> None:
             path.rename(folder / path.name)
         inner.rmdir()
     (folder / "README.md").unlink(missing_ok=True)
+    config = json.loads((folder / CONFIG).read_text())
+    config["target_modules"].sort()  # PEFT writes a set, in another order in each process
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 @torch.no_grad()

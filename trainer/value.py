@@ -68,5 +68,5 @@ class Value:
         self.moment, self.target = self.team.sum(self.moment), self.team.sum(self.target)
         ridged = self.moment.clone()
         ridged.diagonal().add_(RIDGE)
-        root = torch.linalg.cholesky(ridged)
+        root = torch.linalg.cholesky(ridged, out=ridged)  # there are thousands of features: in place
         self.weight = torch.cholesky_solve((self.target + RIDGE * self.start)[:, None], root)[:, 0]

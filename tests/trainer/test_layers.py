@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_model import FAMILIES, make_family
 from trainer.models import Roles
-from trainer.passes.layers import find_frozen_layers, find_layers, gone_over, recorded
+from trainer.passes.layers import find_frozen_layers, find_layers, recorded, skipped
 
 SEQUENCES = [([*range(5, 60)], [7, 8, 9, 1]), ([*range(40, 61)], [33, 1]), ([90] * 70, [12, 13, 14, 15, 1])]
 
@@ -44,7 +44,7 @@ def test_the_policy_goes_on_from_what_the_reference_read(family: str, tmp_path: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_gone_over_is_not_computed(family: str, tmp_path: Path) -> None:
+def test_what_is_skipped_is_not_computed(family: str, tmp_path: Path) -> None:
     roles = load(tmp_path, family)
     batch = roles.batch(SEQUENCES)
     lower = roles.read(batch).lower
@@ -86,7 +86,7 @@ def test_layers_compute_again_afterwards() -> None:
     x = torch.ones(1, 2)
     with recorded([layer]) as outputs:
         expected = layer(x)
-    with gone_over([layer], torch.zeros(1, 2)):
+    with skipped([layer], torch.zeros(1, 2)):
         assert not layer(x).any()
     assert torch.equal(layer(x), expected)
     assert torch.equal(outputs[0], expected)

@@ -1,5 +1,6 @@
 """Our linear layer with an adapter against PEFT's: the same numbers, and gradients for the adapter alone."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from service.weights import check_adapter
+from service.weights import CONFIG, check_adapter
 from tests.tiny_model import make_family
 from trainer.models import Roles
 from trainer.passes.lora import OUTPUTS_ADAPTED, LowRankLinear, with_cheap_passes
@@ -148,6 +149,8 @@ def test_an_adapter_is_on_the_last_layers(
     assert any("lm_head" in name for name in names) != tied
     save_adapter(roles, tmp_path / "adapter")
     check_adapter(tmp_path / "adapter", base)
+    targets = json.loads((tmp_path / "adapter" / CONFIG).read_text())["target_modules"]
+    assert targets == sorted(targets), "the same policy would have another file each time"
     again = Roles.load(base, rank=8, parent=tmp_path / "adapter")
     assert again.policy_weights().keys() == names.keys(), (
         "a policy that goes on from another keeps its layers"

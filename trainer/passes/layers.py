@@ -49,7 +49,7 @@ def recorded(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def gone_over(layers: Sequence[nn.Module], output: Tensor | None) -> Iterator[None]:
+def skipped(layers: Sequence[nn.Module], output: Tensor | None) -> Iterator[None]:
     """Within it none of these is computed: each makes of the batch what `recorded` says that the last one does. None: all are."""
     layers = layers if output is not None else ()
     for layer in layers:

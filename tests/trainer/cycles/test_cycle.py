@@ -23,6 +23,7 @@ from service.tables import (
     User,
     Vote,
 )
+from service.weights import CONFIG
 from tests.trainer.cycles.acts import (
     QUIET,
     accept_challengers,
@@ -47,6 +48,7 @@ pytestmark = pytest.mark.database
 def test_votes_become_a_live_policy_with_its_whole_lineage(
     settings: Settings, sessions: sessionmaker[Session]
 ) -> None:
+    settings = settings.model_copy(update={"lora_layers": 0.5})
     add_votes(sessions, 40)
     service = accept_challengers(sessions)
     ended = run(settings, sessions, request_cycle(sessions))
@@ -60,6 +62,9 @@ def test_votes_become_a_live_policy_with_its_whole_lineage(
         assert set(session.scalars(learnt_from)) == set(map(str, session.scalars(select(Vote.id))))
     manifest = read_folder(policy.name, Path(policy.path))  # READY, and every sha256
     assert manifest.probe
+    targets = json.loads((Path(policy.path) / CONFIG).read_text())["target_modules"]
+    assert "model.layers.1.mlp.up_proj" in targets
+    assert not any("layers.0" in target for target in targets)
     kept = json.loads((Path(policy.path) / "manifest.json").read_text())
     assert (kept["parent"], kept["anchor"], kept["snapshot"]) == (BASE, BASE, taken.sha256)
     assert ended.metrics["reward_model"]["accuracy"]["share"] == 1.0
