@@ -31,9 +31,10 @@ def python(name: str, code: str, **more: float) -> Part:
 
 
 def printed(state: Path, name: str) -> str:
-    """What a part prints first."""
-    deadline = time.monotonic() + 20
-    while not (text := log_path(state, name).read_text()) and time.monotonic() < deadline:
+    """A part's first line, once it is whole: an unbuffered Python writes each of its words by itself."""
+    deadline = time.monotonic() + 60
+    while "\n" not in (text := log_path(state, name).read_text()):
+        assert time.monotonic() < deadline, f"{name} printed no line in time, but {text!r}"
         time.sleep(0.02)
     return text
 
