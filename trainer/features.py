@@ -19,8 +19,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from trainer.batches import Reading
 from trainer.consensus import Asked, Consensus
-from trainer.models import REFERENCE, Reading, Roles
+from trainer.models import REFERENCE, Roles
 from trainer.rollouts import Sampler
 
 NUM_PLAIN = 3

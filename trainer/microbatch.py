@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer import ppo_math
-from trainer.models import Batch
+from trainer.batches import Batch
 from trainer.rollouts import Rollout
 from trainer.team import ALONE, Team
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from service.policies import MERGED
 from service.weights import CONFIG
-from trainer.models import BASE_MODEL, POLICY, Batch, Roles
+from trainer.batches import Batch
+from trainer.models import BASE_MODEL, POLICY, Roles
 from trainer.rollouts import Rollout
 
 NUM_PROBES = 4

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.benchmarks.swap_replies import TOLERANCE, Origin, Reply, origin, windows
 from tests.tiny_model import make_policy
-from trainer.models import Batch
+from trainer.batches import Batch
 
 AT_ONCE = 64
 COMPARED = 0.2

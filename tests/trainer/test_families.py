@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from service.policies import MERGED, read_folder
 from tests.tiny_model import make_family, read_logprobs
 from tests.trainer.tiny_cycle import NAME, RANK, VOTES, learn_and_publish
-from trainer.models import BASE_MODEL, Batch, Origin, Roles
+from trainer.batches import Batch
+from trainer.models import BASE_MODEL, Origin, Roles
 from trainer.whole import load_roles
 
 TIED_AND_PADDED = pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tests.tiny_model import FAMILIES, make_family
 from trainer import models
-from trainer.models import Batch, Roles
+from trainer.batches import Batch
+from trainer.models import Roles
 from trainer.passes import last_layer
 from trainer.passes.shapes import PLACES
 

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_model import FAMILIES, SPECIAL, make_family, read_logprobs
-from trainer.models import POLICY, REFERENCE, Batch, Roles, compute_dtype
+from trainer.batches import Batch
+from trainer.models import POLICY, REFERENCE, Roles, compute_dtype
 from trainer.publish import save_adapter
 from trainer.rollouts import Sampler
 

@@ -12,8 +12,9 @@ import torch
 from tests.tiny_model import make_model
 from tests.trainer.tiny_ppo import SETTINGS, HalfFleet, start
 from trainer import ppo_math, ppo_run
+from trainer.batches import Batch
 from trainer.iterations import GapTooWide, Iteration, NonFinite, Outcome
-from trainer.models import POLICY, Batch, Roles
+from trainer.models import POLICY, Roles
 from trainer.rollouts import Sampler
 from trainer.team import Team
 

@@ -9,9 +9,10 @@ import torch
 
 from tests.tiny_model import make_model
 from trainer import preference_methods
+from trainer.batches import Batch
 from trainer.features import read_features
 from trainer.iterations import Iteration, NonFinite, Outcome, checkpoint_path
-from trainer.models import Batch, Roles
+from trainer.models import Roles
 from trainer.ppo import PPOSettings
 from trainer.preference_methods import PreferenceRun, PreferenceSettings
 from trainer.preferences import Pair, Source

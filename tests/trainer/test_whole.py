@@ -14,8 +14,9 @@ from tests.trainer import tiny_ppo
 from tests.trainer.test_last_layer import SEQUENCES
 from tests.trainer.test_models import load_trained as load_trained_adapter
 from trainer import ppo_run
+from trainer.batches import Batch
 from trainer.iterations import checkpoint_path, load_average
-from trainer.models import BASE_MODEL, POLICY, REFERENCE, Batch, Origin, Roles
+from trainer.models import BASE_MODEL, POLICY, REFERENCE, Origin, Roles
 from trainer.passes import packing
 from trainer.publish import save_adapter, save_merged
 from trainer.rollouts import Sampler

@@ -35,9 +35,10 @@ from tests.trainer.cycles.acts import (
 )
 from trainer import cycle, gate
 from trainer.__main__ import tick
+from trainer.batches import Batch
 from trainer.fleet_rollouts import FleetSampler
 from trainer.iterations import Iteration
-from trainer.models import Batch, Roles
+from trainer.models import Roles
 from trainer.ppo import PPO
 from trainer.team import Parted, Team
 
