@@ -8,9 +8,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, StringConstraints, TypeAdapter, ValidationError
 
 from service.errors import PolicyRefused
 
@@ -20,6 +20,8 @@ MOST_HEADER_BYTES = 100 << 20
 """As the format's own limit."""
 PREFIX = "base_model.model."
 CHUNK_BYTES = 1 << 22
+MOST_NAME = 512
+"""Characters of a module's name."""
 
 
 class TensorEntry(BaseModel):
@@ -34,7 +36,7 @@ class AdapterConfig(BaseModel):
     """What of `adapter_config.json` the weights must agree with."""
 
     r: int
-    target_modules: list[str]
+    target_modules: list[Annotated[str, StringConstraints(max_length=MOST_NAME)]]
 
 
 class NumberFormat(BaseModel):
@@ -165,22 +167,29 @@ def _check_against(
     """
     if not base:
         return
+    adapted = set[str]()
     for module, sizes in modules.items():
-        shape = base.get(module) or base.get(module.partition(".")[2])
-        if shape is None:
+        name = module if module in base else module.partition(".")[2]
+        if name not in base:
             raise PolicyRefused(f"the base has no {module}")
-        if sorted(shape) != sorted(sizes):
-            raise PolicyRefused(f"{module} is {shape} in the base, and the adapter's is for {list(sizes)}")
+        if sorted(base[name]) != sorted(sizes):
+            raise PolicyRefused(
+                f"{module} is {base[name]} in the base, and the adapter's is for {list(sizes)}"
+            )
+        adapted.add(name)
+    # A target means a module by its last names, or by all of them and a prefix that the checkpoint leaves out.
+    last_names = set(targets)
+    with_prefix = {ending for target in targets for ending in _endings(target)}
     for name in base:
-        if any(_is_named(name, target) for target in targets) and not any(
-            module == name or module.endswith(f".{name}") for module in modules
-        ):
+        is_named = name in with_prefix or not last_names.isdisjoint(_endings(name))
+        if is_named and name not in adapted:
             raise PolicyRefused(f"it leaves out {name}")
 
 
-def _is_named(module: str, target: str) -> bool:
-    """Whether a target means this module: by its last names, or all of them, and a prefix that the checkpoint leaves out."""
-    return f".{module}".endswith(f".{target}") or target.endswith(f".{module}")
+def _endings(name: str) -> Iterator[str]:
+    """`a.b.c`, `b.c` and `c` of `a.b.c`."""
+    names = name.split(".")
+    return (".".join(names[start:]) for start in range(len(names)))
 
 
 def _is_finite(file: BinaryIO, start: int, entry: TensorEntry) -> bool:

@@ -165,6 +165,14 @@ def test_a_config_that_says_otherwise_is_refused(tmp_path: Path, base: Path, con
         check_adapter(folder, base)
 
 
+def test_a_target_of_very_many_names_costs_no_time(tmp_path: Path, base: Path) -> None:
+    folder = write_policy(tmp_path / "policy-000001", PROBE)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"target_modules": ["." * 1_000_000]}))
+    with pytest.raises(PolicyRefused, match="cannot be read"):
+        check_adapter(folder, base)
+
+
 def truncate(content: bytes, chance: random.Random) -> bytes:
     return content[: chance.randrange(len(content))]
 
