@@ -51,4 +51,5 @@ class Reading:
     said: Tensor
     """[B, L] how much of the anchor's consensus each reply token adds to what is said (`Consensus.read`); 0.0 elsewhere."""
     lower: Tensor | None
-    """[B, L, H] what the layers below all adapters make of the batch, for the policy to go on from; None where there are none."""
+    """[B, L, H] what the layers below all adapters make of the batch, for the policy to go on from; None where there are
+    none, or the last of them makes more than that."""

@@ -80,7 +80,7 @@ def _resume(ppo: PPO, checkpoints: Path) -> list[Iteration]:
 
 def _load_under_way(ppo: PPO, checkpoints: Path) -> dict[str, Any] | None:
     """None where there is none, or it is another release's, whose features were others, or has other weights: those of another tuning
-    or rank."""
+    or rank, or of other layers."""
     path = checkpoints / UNDER_WAY
     if not path.exists():
         return None

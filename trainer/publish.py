@@ -144,7 +144,7 @@ def _adapter_changes(roles: Roles) -> dict[str, Change]:
     return {
         f"{name.removeprefix('base_model.model.')}.weight": adding(layer)
         for name, layer in roles.model.named_modules()
-        if isinstance(layer, LoraLayer)
+        if isinstance(layer, LoraLayer) and POLICY in layer.lora_A
     }
 
 

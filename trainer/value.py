@@ -16,6 +16,9 @@ FORGETTING = 0.6
 """Weight of an iteration's data one iteration later."""
 RIDGE = 20.0
 """Pull towards the reward model's weights, in tokens' worth of data."""
+ROUNDING = 1e-5
+"""Share of a feature's moment that is added to it, and more than products in float32 are off by: those that are constant and large
+would else leave no positive definite matrix."""
 
 
 class Value:
@@ -67,6 +70,6 @@ class Value:
         """Weights from all data that any process has added so far."""
         self.moment, self.target = self.team.sum(self.moment), self.team.sum(self.target)
         ridged = self.moment.clone()
-        ridged.diagonal().add_(RIDGE)
+        ridged.diagonal().mul_(1 + ROUNDING).add_(RIDGE)
         root = torch.linalg.cholesky(ridged, out=ridged)  # there are thousands of features: in place
         self.weight = torch.cholesky_solve((self.target + RIDGE * self.start)[:, None], root)[:, 0]

@@ -40,9 +40,7 @@ def main() -> None:
             print(f"\n{contest_report(contest)}")
     goals = [goal for contest in contests for goal in contest_goals(contest)]
     share = f"- {others.share():.0%} of all cores' time went to processes outside this benchmark"
-    print(
-        f"\n{DIFFERENCES.format(epochs=options.epochs, layers=options.layers)}\n\n{goals_report(goals)}\n\n{share}"
-    )
+    print(f"\n{DIFFERENCES.format(epochs=options.epochs)}\n\n{goals_report(goals)}\n\n{share}")
     write_results("ppo", {"contests": [asdict(contest) for contest in contests], "others": others.share()})
 
 
@@ -72,8 +70,8 @@ def _prepare(size: Size, folder: Path, options: argparse.Namespace) -> Contest:
         layers=options.layers,
     )
     prompt_tokens = sum(map(len, job.prompts)) / samples
-    floor = count_floor(size.recipe, prompt_tokens, job.reply_tokens, job.epochs)
-    return Contest(size.name, model.num_parameters(), job, floor)
+    floor = count_floor(size.recipe, prompt_tokens, job.reply_tokens, job.epochs, job.layers)
+    return Contest(size.name, model.num_parameters(), job, size.recipe.layers, floor)
 
 
 def _visit(contest: Contest, options: argparse.Namespace, number: int) -> None:

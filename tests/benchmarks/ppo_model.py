@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from trainer import world
 from trainer.models import compute_dtype
+from trainer.passes.layers import count_adapted
 from trainer.starter import Recipe, new_model, train_tokenizer
 
 SHORTEST, LONGEST = 16, 48
@@ -61,7 +62,7 @@ def never_end(model: LlamaForCausalLM, ids: list[int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Floating point operations that training all of these weights needs, counted from shapes."""
+    """Floating point operations that training an adapter on the last layers needs, counted from shapes."""
 
     sampling: float
     reading: float
@@ -74,17 +75,23 @@ class Floor:
         return self.sampling + self.reading + self.updates
 
 
-def count_floor(recipe: Recipe, prompt_tokens: float, reply_tokens: int, epochs: int) -> Floor:
+def count_floor(
+    recipe: Recipe, prompt_tokens: float, reply_tokens: int, epochs: int, share: float = 1.0
+) -> Floor:
     """Of one sample. Two operations for each weight and token, and attention over what is before a token; logits at replies alone.
 
-    A pass backward counts as two forward. Adapters, norms, softmax, reward and value heads are left out: small, or not needed.
+    Passes of updates go through the layers with an adapter alone, a share of all. Backward, frozen weights take as much as forward
+    (of their inputs alone is there a gradient), and attention twice that. Adapters, norms, softmax, reward and value heads are left
+    out: small, or not needed.
     """
-    hidden, layers = recipe.hidden, recipe.layers
-    weights = layers * (4 * hidden * hidden + 3 * hidden * recipe.feed_forward)
+    hidden = recipe.hidden
     tokens = prompt_tokens + reply_tokens - 1  # nothing is read from the last one
-    attention = layers * 4 * hidden * tokens * (tokens + 1) / 2
-    forward = 2 * weights * tokens + attention + 2 * recipe.vocabulary * hidden * reply_tokens
-    return Floor(sampling=forward, reading=forward, updates=epochs * 3 * forward)
+    products = 2 * (4 * hidden * hidden + 3 * hidden * recipe.feed_forward) * tokens
+    attention = 4 * hidden * tokens * (tokens + 1) / 2
+    logits = 2 * recipe.vocabulary * hidden * reply_tokens
+    forward = recipe.layers * (products + attention) + logits
+    update = count_adapted(recipe.layers, share) * (2 * products + 3 * attention) + 2 * logits
+    return Floor(sampling=forward, reading=forward, updates=epochs * update)
 
 
 def measure_matrix_rate(size: int = 2048, repeats: int = 4) -> dict[str, float]:

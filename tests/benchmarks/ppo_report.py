@@ -8,6 +8,7 @@ from tests.benchmarks.gateway_report import Goal, show, table
 from tests.benchmarks.gateway_samples import Spread
 from tests.benchmarks.ppo_model import Floor
 from tests.benchmarks.ppo_visit import Figures, Job
+from trainer.passes.layers import count_adapted
 
 FASTER, SMALLER = 3.0, 0.5
 """Goals: samples a second at least this many times TRL's; peak memory at most this share of TRL's."""
@@ -15,8 +16,7 @@ FASTER, SMALLER = 3.0, 0.5
 DIFFERENCES = """### What each does for a sample
 
 Both: sample the reply, log-probabilities of policy and reference, scores, values, {epochs} passes of updates in minibatches with
-AdamW, the same adapter on the same base: on {layers:.0%} of its layers, the last ones. Every reply has its full length: the model
-cannot end one.
+AdamW, the same adapter on the same base. Every reply has its full length: the model cannot end one.
 
 - *Reward.* TRL's reward model is a sequence classifier, a copy of the base with a scalar head on the last token's last hidden state:
   a pass of its own. Ratchet's are 64 linear heads (an ensemble and the judge) on the reply's mean last hidden state
@@ -31,8 +31,8 @@ cannot end one.
 - *Measuring.* Ratchet alone looks for repetition in the replies and asks the judge; TRL alone measures entropy in every update.
 
 The floor counts what is left when all of that is gone: sampling, one pass of the reference, and {epochs} passes of
-updates at three forward passes each, at the rate of one large matrix product. It has no adapter, no head, no memory to move. It is
-that of training all weights: an adapter's gradients cost little, and frozen weights need none, so an update can do with two."""
+updates through the layers that are adapted, forward and backward to their inputs, at the rate of one large matrix product. It has
+no adapter, no head, no memory to move."""
 
 
 @dataclass(slots=True)
@@ -42,6 +42,7 @@ class Contest:
     name: str
     parameters: int
     job: Job
+    num_layers: int
     floor: Floor
     ours: list[Figures] = field(default_factory=list)
     theirs: list[Figures] = field(default_factory=list)
@@ -117,8 +118,9 @@ def contest_report(contest: Contest) -> str:
             f"### {contest.name} parameters ({contest.parameters:,})",
             "",
             f"{job.samples} samples an iteration in minibatches of {job.minibatch}, prompts of {prompt:.0f} tokens on average, "
-            f"replies of {job.reply_tokens}, {job.epochs} epochs, adapter of rank {job.rank}. Median of {len(contest.ours)} "
-            "rounds [least, most].",
+            f"replies of {job.reply_tokens}, {job.epochs} epochs, adapter of rank {job.rank} on the "
+            f"last {count_adapted(contest.num_layers, job.layers)} of {contest.num_layers} layers. "
+            f"Median of {len(contest.ours)} rounds [least, most].",
             "",
             table(head, rows),
             "",

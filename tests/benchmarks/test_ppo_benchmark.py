@@ -19,10 +19,18 @@ TINY = Recipe(hidden=64, layers=1, feed_forward=64, vocabulary=400)
 
 def test_the_floor_by_hand() -> None:
     # hidden 2, 1 layer, feed-forward 3, vocabulary 5: 4 * 4 + 3 * 6 = 34 weights. A prompt of 2 and a reply of 3 tokens: 4 are read,
-    # 2 * 34 * 4 = 272; attention 4 * 2 * (1 + 2 + 3 + 4) = 80; logits 2 * 5 * 2 * 3 = 60.
+    # 2 * 34 * 4 = 272; attention 4 * 2 * (1 + 2 + 3 + 4) = 80; logits 2 * 5 * 2 * 3 = 60. An update: 2 * 272 + 3 * 80 + 2 * 60 = 904.
     floor = count_floor(Recipe(hidden=2, layers=1, feed_forward=3, vocabulary=5), 2, 3, epochs=2)
-    assert floor == Floor(sampling=412, reading=412, updates=6 * 412)
-    assert floor.total == 8 * 412
+    assert floor == Floor(sampling=412, reading=412, updates=2 * 904)
+    assert floor.total == 2 * 412 + 2 * 904
+
+
+def test_the_floor_has_updates_of_adapted_layers_alone() -> None:
+    recipe = Recipe(hidden=2, layers=3, feed_forward=3, vocabulary=5)  # a half of three layers is two
+    floor = count_floor(recipe, 2, 3, epochs=1, share=0.5)
+    assert floor == Floor(
+        sampling=3 * 352 + 60, reading=3 * 352 + 60, updates=2 * (2 * 272 + 3 * 80) + 2 * 60
+    )
 
 
 def job(base: Path) -> Job:
@@ -87,7 +95,7 @@ def test_ratios_are_taken_within_a_round(tmp_path: Path) -> None:
     def visit(seconds: float, peak: float) -> Figures:
         return Figures([seconds], [2 * seconds], 100.0, peak, 7, "float32")
 
-    contest = Contest("tiny", 1000, job(tmp_path), Floor(1e9, 2e9, 3e9))
+    contest = Contest("tiny", 1000, job(tmp_path), 3, Floor(1e9, 2e9, 3e9))
     contest.ours = [visit(1, 150), visit(2, 120)]
     contest.theirs = [visit(4, 300), visit(6, 200)]
     contest.matrix_rates = [{"float32": 60e9, "bfloat16": 30e9}] * 2
@@ -97,3 +105,4 @@ def test_ratios_are_taken_within_a_round(tmp_path: Path) -> None:
     assert contest.bounds() == [10, 10]
     assert [goal.met for goal in contest_goals(contest)] == [True, False, True]
     assert "| floor | 10.0 [10.0, 10.0] |" in contest_report(contest)
+    assert "adapter of rank 2 on the last 2 of 3 layers" in contest_report(contest)

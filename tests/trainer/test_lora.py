@@ -9,11 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from service.weights import CONFIG, check_adapter
 from tests.tiny_model import make_family
 from trainer.models import Roles
-from trainer.passes.lora import OUTPUTS_ADAPTED, LowRankLinear, with_cheap_passes
+from trainer.passes.lora import OUTPUTS_ADAPTED, LowRankLinear, adapter_config, with_cheap_passes
 from trainer.publish import save_adapter
 
 
@@ -155,6 +156,15 @@ def test_an_adapter_is_on_the_last_layers(
     assert again.policy_weights().keys() == names.keys(), (
         "a policy that goes on from another keeps its layers"
     )
+
+
+def test_a_share_of_layers_that_are_not_found_is_refused(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_family(tmp_path / "base", "llama"))
+    model.model.blocks = model.model.layers
+    del model.model.layers
+    adapter_config(model, rank=4)
+    with pytest.raises(ValueError, match=r"last of LlamaForCausalLM.*RATCHET_LORA_LAYERS=1"):
+        adapter_config(model, rank=4, share=0.5)
 
 
 def test_a_folder_holds_no_more_of_output_embeddings_than_their_adapter(tmp_path: Path) -> None:

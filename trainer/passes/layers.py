@@ -6,6 +6,7 @@ on from there, forward and backward. (Sparrow, arXiv:2209.14375, shares 64 of 80
 Legend: B sequences, L tokens, H channels.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,11 @@ def find_layers(backbone: nn.Module) -> list[nn.Module]:
     return next((list(layers) for layers in found if isinstance(layers, nn.ModuleList)), [])
 
 
+def count_adapted(num_layers: int, share: float) -> int:
+    """How many of so many layers, the last ones, a share of them is."""
+    return math.ceil(num_layers * share)
+
+
 def find_frozen_layers(backbone: nn.Module) -> list[nn.Module]:
     """Those before the first one with an adapter; none where no layer has one, or later layers read more of them than their output."""
     layers = find_layers(backbone)
@@ -34,7 +40,7 @@ def find_frozen_layers(backbone: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def recorded(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Within it what the last of these makes of a batch is put into the list: (B, L, H)."""
+    """Within it what the last of these makes of a batch is put into the list: (B, L, H). Nothing where it makes more than that."""
     outputs: list[Tensor] = []
 
     def keep(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:

@@ -6,7 +6,6 @@ computed in the base's type, and what is kept is the input, which layers that re
 Legend: N tokens, I and O channels in and out, R rank.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trainer.passes.layers import find_layers
+from trainer.passes.layers import count_adapted, find_layers
 
 OUTPUTS_ADAPTED = frozenset(
     {
@@ -39,7 +38,7 @@ def adapter_config(
 ) -> LoraConfig:
     """Of a new adapter on the linear layers of a model, or of the one in a folder; they compute as here.
 
-    share: of the model's layers, the last ones, that a new adapter is on.
+    share: of the model's layers, the last ones, that a new adapter is on. Raises ValueError for less than all where none are found.
     """
     if parent is not None:
         return with_cheap_passes(LoraConfig.from_pretrained(str(parent)))
@@ -66,11 +65,12 @@ def _adapted(model: PreTrainedModel, share: float) -> list[str]:
     Where two words' rows are alike no hidden state can say one without the other, and only another row can.
     """
     layers = find_layers(model.base_model)
-    left_out = {
-        module
-        for layer in layers[: len(layers) - math.ceil(len(layers) * share)]
-        for module in layer.modules()
-    }
+    if share < 1.0 and not layers:
+        raise ValueError(
+            f"Which layers are the last of {type(model).__name__} is not known: set RATCHET_LORA_LAYERS=1"
+        )
+    unadapted = layers[: len(layers) - count_adapted(len(layers), share)]
+    left_out = {module for layer in unadapted for module in layer.modules()}
     if type(model).__name__ not in OUTPUTS_ADAPTED or has_tied_embeddings(model):
         left_out.add(model.get_output_embeddings())
     linear = {
