@@ -26,7 +26,7 @@ from service.policies import BASE, ensure_base
 from service.settings import Settings, get_settings
 from tests.service.fake_engine import FakeEngine
 
-expect.set_options(timeout=30_000)  # two cores may be shared by an engine, a browser and two other workers
+expect.set_options(timeout=120_000)  # two cores may be shared by an engine, a browser and two other workers
 
 Serve = Callable[..., httpx.Client]
 Rows = Callable[..., list[tuple[Any, ...]]]
@@ -107,7 +107,7 @@ def address_of(server: uvicorn.Server) -> str:
     return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 60, every: float = 0.02) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 180, every: float = 0.02) -> None:
     """Look again and again. Raises AssertionError when the time is over."""
     deadline = time.monotonic() + seconds
     while not true():
@@ -165,6 +165,7 @@ class Pages:
         )
         context = beside.context if beside else self._browser.new_context(has_touch=phone, **options)
         page = context.new_page()
+        page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: self.faults.append(str(error)))
         page.on("console", lambda message: self._hear(message, refusals))
         return page

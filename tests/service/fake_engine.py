@@ -40,6 +40,8 @@ class FakeEngine:
     """For which it is waited, when it is asked for a token to show that it works."""
     pause_seconds: float = 0.0
     """Between pieces."""
+    may_end: threading.Event = field(default_factory=_set)
+    """The last piece waits for it."""
     logprobs: dict[str, float] = field(default_factory=dict)
     """What every token of a policy scores."""
     cannot_load: set[str] = field(default_factory=set)
@@ -58,6 +60,8 @@ class FakeEngine:
     """At once, so far."""
     priorities: set[int] = field(default_factory=set)
     asked: list[tuple[str, list[Message], Sampling, int]] = field(default_factory=list)
+    looked_at: threading.Event = field(default_factory=threading.Event)
+    """It hung when it was asked for a token to show that it works."""
     aborted: int = 0
     forgotten: int = 0
     """How often it was to be asked anew what it holds."""
@@ -83,13 +87,16 @@ class FakeEngine:
         async def pieces() -> AsyncIterator[list[Piece]]:
             nonlocal whole
             replies = (self.says[policy],) if policy in self.says else self.replies
-            for number, piece in enumerate(self._plan(replies, self.model or policy, count)):
+            plan = self._plan(replies, self.model or policy, count)
+            for number, piece in enumerate(plan):
                 if number == self.breaks_after:
                     raise self.fails_with or EngineUnavailable("The engine went away.")
                 if self.hangs:
                     await self.dropped.wait()
                     raise EngineGone("The engine stopped answering.")
                 await self._pause(deadline)
+                while number == len(plan) - 1 and not self.may_end.is_set():
+                    await asyncio.sleep(0.01)
                 yield [piece]
             whole = True
 
@@ -123,6 +130,7 @@ class FakeEngine:
     async def complete_one(self, policy: str) -> None:
         self._check_alive()
         if self.hangs:
+            self.looked_at.set()
             await asyncio.sleep(self.hang_seconds)
             raise EngineGone("The engine did not answer.")
 

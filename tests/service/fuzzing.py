@@ -156,6 +156,7 @@ def _config(cases: int, seed: int, key: str | None) -> SchemathesisConfig:
         "generation": {"max-examples": max(3, min(200, cases // 30)), "database": "none"},
         "continue-on-failure": True,
         "output": {"sanitization": {"enabled": False}},
+        "request-timeout": 300,
         "phases": {"coverage": {"enabled": cases >= 1000}},
         "checks": {"negative_data_rejection": {"expected-statuses": REFUSALS}},
     }

@@ -45,7 +45,7 @@ class HttpEngine:
     def release(self) -> None:
         self._holding.clear()
 
-    def wait_until_reached(self, step: str, seconds: float = 30) -> None:
+    def wait_until_reached(self, step: str, seconds: float = 120) -> None:
         assert self._reached[step].wait(seconds), f"nobody came to {step}"
 
     async def _pass(self, step: str) -> None:
@@ -136,11 +136,11 @@ def running_http_engine() -> Iterator[HttpEngine]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(start(), loop).result(120)
         yield engine
     finally:
         engine.release()
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(120)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

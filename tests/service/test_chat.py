@@ -72,7 +72,7 @@ def test_a_comparison_shows_both_replies_in_stored_order_and_hides_the_policy(
     engine = FakeEngine()
     client = serve(engine)
     firsts = set()
-    for _ in range(12):
+    for _ in range(24):
         answer = client.post(CHAT, json=ask(comparison="always", stream=stream))
         assert "policy-" not in answer.text
         assert "x-ratchet-policy" not in answer.headers
@@ -99,7 +99,7 @@ def test_a_comparison_shows_both_replies_in_stored_order_and_hides_the_policy(
         assert dict(stored) == texts
         assert set(texts.values()) == {"one two", "three four"}
         firsts.add(texts[0])
-    assert len(firsts) == 2  # by chance always the same: 1 in 2,048
+    assert len(firsts) == 2  # by chance always the same: 1 in 8 million
     assert {asked[3] for asked in engine.asked} == {2}
     assert rows("SELECT DISTINCT reason, propensity FROM comparisons") == [("always", 1.0)]
 

@@ -58,12 +58,15 @@ async def vote_while_parts_are_killed(settings: Settings, parts: dict[str, Super
     stop = asyncio.Event()
     async with aiohttp.ClientSession(f"http://127.0.0.1:{settings.port}") as http:
         voting = [asyncio.create_task(client.vote_until(stop, http)) for client in clients]
+        async with asyncio.timeout(300):
+            while min(tally.counts[name] for name in ("given", "revised", "taken back")) == 0:
+                await asyncio.sleep(0.05)
         for name in ("postgres", "service"):
             await asyncio.sleep(VOTING_SECONDS)
             await asyncio.to_thread(parts[name].kill, random.Random(name))
         await asyncio.sleep(VOTING_SECONDS)
         stop.set()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(300):
             await asyncio.gather(*voting)
     assert tally.unexpected == []
     assert min(tally.counts["given"], tally.counts["revised"], tally.counts["taken back"]) > 0

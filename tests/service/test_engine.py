@@ -41,7 +41,7 @@ def generated(vllm: str) -> float:
 
 
 def _metric(vllm: str, name: str) -> float:
-    lines = httpx.get(f"{vllm}/metrics").text.splitlines()
+    lines = httpx.get(f"{vllm}/metrics", timeout=60).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 

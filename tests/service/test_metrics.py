@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from pathlib import Path
 
 import httpx
@@ -115,13 +116,15 @@ def test_what_the_service_adds_leaves_out_what_the_engine_takes(serve: Serve, st
     client.post(CHAT, json=ask(stream=stream)).raise_for_status()  # the first one connects to the database
     engine.pause_seconds = 1.0
     rise = Rise(client)
+    began = time.monotonic()
     client.post(CHAT, json=ask(stream=stream)).raise_for_status()
+    took = time.monotonic() - began
     assert rise.of("ratchet_added_seconds_count") == 1
-    assert rise.of("ratchet_added_seconds_sum") < 1.0
+    assert rise.of("ratchet_added_seconds_sum") < took - 2.9
     assert rise.of("ratchet_reply_seconds_sum") > 2.9
     assert rise.of("ratchet_first_token_seconds_count") == stream
     if stream:
-        assert 0.9 < rise.of("ratchet_first_token_seconds_sum") < 2.0
+        assert 0.9 < rise.of("ratchet_first_token_seconds_sum") < took - 1.9
 
 
 @pytest.mark.database

@@ -89,7 +89,7 @@ def test_the_key_opens_a_service_that_others_can_reach(ready: Settings, tiny_mod
     subprocess.run([sys.executable, "-m", "service.cli", "prepare"], env=environment, check=True, timeout=60)
     service = subprocess.Popen([sys.executable, "-m", "service"], env=environment)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             wait_until(lambda: _answers(client))
             assert client.get("/metrics").status_code == 401
             assert client.get("/metrics", headers={"authorization": f"Bearer {KEY}"}).status_code == 200

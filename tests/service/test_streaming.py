@@ -22,7 +22,7 @@ def test_a_service_that_is_asked_to_stop_lets_running_replies_end(prepared: Sett
     engine = FakeEngine(replies=("one two three four five",), pause_seconds=0.3)
     with (
         running(prepared, lambda _: lambda _: engine) as server,
-        httpx.Client(base_url=address_of(server)) as client,
+        httpx.Client(base_url=address_of(server), timeout=60) as client,
     ):
         wait_until(lambda: client.get("/readyz").status_code == 200)
         with client.stream("POST", CHAT, json=ask(stream=True)) as answer:

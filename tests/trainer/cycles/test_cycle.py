@@ -91,16 +91,16 @@ def test_the_fleet_is_what_serves_and_users_are_those_who_asked_lately(
     assert fleet._addresses() == ["http://a", "http://d"]
     assert fleet._idle_seconds() == math.inf
     add_votes(sessions, 1)
-    assert 0 <= fleet._idle_seconds() < 20
+    assert 0 <= fleet._idle_seconds() < 100
     with sessions.begin() as session:  # an import's
         user = session.scalars(select(User)).one()
         for days in (-30, 30):
             asked_at = func.now() + timedelta(days=days)
             session.add(Prompt(user_id=user.id, messages=[], created_at=asked_at))
-    assert 0 <= fleet._idle_seconds() < 20
+    assert 0 <= fleet._idle_seconds() < 100
     with sessions.begin() as session:
         session.execute(update(Prompt).values(created_at=func.now() - timedelta(minutes=2)))
-    assert 120 <= fleet._idle_seconds() < 140
+    assert 120 <= fleet._idle_seconds() < 300
 
 
 @pytest.mark.usefixtures("_open_gate")
