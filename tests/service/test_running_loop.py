@@ -84,7 +84,9 @@ def test_a_vote_by_mouse_is_stored_and_the_chosen_answer_goes_on(
     wait_for_end(page)
     ask_for_two(page)
     page.get_by_role("button", name="Second").click()
-    expect(page.locator(".verdict").last).to_have_text(f"You chose the second. First: {BASE}, second: {BASE}.")
+    expect(page.locator(".verdict").last).to_have_text(
+        f"You chose the second. First: {BASE}, second: {BASE}."
+    )
     assert (num_votes(loop), loop.ask(CHOICE)) == (before + 1, [("second",)])
     [(chosen,)] = loop.ask(SECOND)
     say(page, "and a lime?", two=False)
