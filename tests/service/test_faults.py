@@ -85,7 +85,7 @@ def test_a_stream_at_an_engine_that_hangs_midway_ends_in_an_error_event_long_bef
     http_engine.hold("token", "word")
     began = time.monotonic()
     answer = client.post(CHAT, json=ask(stream=True))
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - began < 20
     said = [chunk["choices"][0]["delta"]["content"] for chunk in chunks(answer) if "choices" in chunk]
     assert "".join(said) == "one "
     assert chunks(answer)[-1]["error"]["message"] == "The engine stopped answering. Try again."

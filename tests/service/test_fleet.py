@@ -199,7 +199,7 @@ def test_requests_that_wait_at_an_engine_that_hangs_are_answered_by_another(
     with asking(client, 6, stream=stream) as answers:
         pass
     assert all("from" in answer.text and "error" not in answer.text for answer in answers)
-    assert time.monotonic() - began < 100
+    assert time.monotonic() - began < 30
     wait_until(lambda: not healthy(client, "a"))
     num_asked = len(two[0].asked)
     assert client.post(CHAT, json=ask()).status_code == 200

@@ -73,13 +73,13 @@ def test_a_message_of_200_kilobytes_is_sent_shown_and_kept(
     page.goto(str(serve(engine).base_url))
     long = ("word <b> *mark* " * 12 + "\U0001f34b ") * 1000
     say(page, long, two=False)
-    expect(page.locator(".answer .body")).to_have_text("That was long.", timeout=120_000)
+    expect(page.locator(".answer .body")).to_have_text("That was long.", timeout=30_000)
     assert engine.asked[-1][1][0].content == long.strip()
     box = page.locator(".bubble").bounding_box()
     assert box is not None
     assert box["height"] < 400
     page.reload()
-    expect(page.locator(".answer .body")).to_have_text("That was long.", timeout=120_000)
+    expect(page.locator(".answer .body")).to_have_text("That was long.", timeout=30_000)
     monkeypatch.setattr("service.edge.MOST_BODY_BYTES", 100_000)  # a box with the whole MiB is slow
     too_long = "word " * 20_000 + "more"
     say(page, too_long)
@@ -90,7 +90,7 @@ def test_a_message_of_200_kilobytes_is_sent_shown_and_kept(
 def test_an_answer_of_200_kilobytes_is_shown(serve: Serve, page: Page) -> None:
     page.goto(str(serve(FakeEngine(replies=("*mark*\n" * 30_000,))).base_url))
     say(page, "hello", two=False)
-    expect(page.locator(".answer .actions")).to_be_visible(timeout=120_000)
+    expect(page.locator(".answer .actions")).to_be_visible(timeout=30_000)
     assert len(page.locator(".answer .body").inner_text()) > 200_000
 
 

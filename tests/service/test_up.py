@@ -86,7 +86,7 @@ def end(run: Run, number: signal.Signals) -> None:
     """Ask it to stop, and see that it does."""
     assert len(run.left()) >= 4
     run.process.send_signal(number)
-    assert run.process.wait(300) == 0
+    assert run.process.wait(30) == 0
     assert run.left() == []
     assert "no process is left" in run.output.read_text()
 
@@ -104,7 +104,7 @@ def test_when_a_part_is_killed_all_end_and_the_next_start_has_every_row(start: S
     for part in ("postgres", "engine", "service", "trainer"):
         add_user(run, f"before {part} died")
         os.kill(run.pid(part), signal.SIGKILL)
-        assert run.process.wait(300) == 1
+        assert run.process.wait(30) == 1
         assert run.left() == []
         assert f"{part} was killed by SIGKILL" in run.output.read_text()
         run = start()
@@ -117,7 +117,7 @@ def test_when_the_runner_is_killed_all_parts_end_at_once_or_at_the_next_start(st
     run = start()
     add_user(run, "before the runner died")
     run.process.kill()
-    assert run.is_all_gone(300)
+    assert run.is_all_gone(30)
 
     run = start()
     assert has_user(run, "before the runner died")
@@ -126,7 +126,7 @@ def test_when_the_runner_is_killed_all_parts_end_at_once_or_at_the_next_start(st
     guardian = next(child for child in children if "service.guardian" in child.cmdline())
     guardian.kill()
     run.process.kill()
-    run.process.wait(300)
+    run.process.wait(60)
     assert all(process.is_running() for process in old)
 
     run = start()
@@ -138,7 +138,7 @@ def test_when_the_runner_is_killed_all_parts_end_at_once_or_at_the_next_start(st
 def test_a_second_start_on_the_same_state_is_refused_and_the_first_goes_on(start: Start, home: Path) -> None:
     run = start()
     other = Run(home, home / "trainers", home / "engines")
-    assert other.process.wait(300) == 2
+    assert other.process.wait(30) == 2
     assert f"RATCHET_STATE: another `ratchet up` (pid {run.process.pid})" in other.output.read_text()
     with urllib.request.urlopen(f"{run.url}/readyz") as answer:
         assert answer.status == 200
@@ -155,7 +155,7 @@ def test_the_real_engine_ends_while_it_still_loads(start: Start, home: Path) -> 
         time.sleep(6)  # into the imports of its children
         run.sessions = {mark.pid for mark in run.parts()}
         run.process.send_signal(signal.SIGINT)
-        assert run.process.wait(300) == 0
+        assert run.process.wait(40) == 0
         assert run.left() == []
     finally:
         run.end()
