@@ -1,19 +1,23 @@
 // The way to the service: who the user is, calls, streamed answers. Knows nothing of the pages.
 
-import { keyHeaders } from "/web/key.js";
+import { keyHeaders, readKey } from "/web/key.js";
 
 const BREATH_MS = 50;   // a stream that never pauses would leave the page no moment for a click
 
 // What went wrong, in words for people.
 export class Trouble extends Error {
-  constructor(message, { code, status } = {}) {
+  constructor(message, { code, status, key } = {}) {
     super(message);
     this.code = code;
     this.status = status;
+    this.key = key;   // that was sent
   }
 
   // Whether another key would help.
   get needsKey() { return this.status === 401 || this.code?.startsWith("needs_") === true && this.status === 403; }
+
+  // Whether it is of a key that another has taken the place of since.
+  get isOfOldKey() { return this.needsKey && this.key !== readKey(); }
 }
 
 export function messageOf(error) {
@@ -36,7 +40,7 @@ export function userName() {
 async function send(method, path, { body, query, signal, user = true } = {}) {
   const inBody = method === "POST" || method === "PUT";
   const search = new URLSearchParams(user && !inBody ? { ...query, user: userName() } : query).toString();
-  const headers = { ...keyHeaders() };
+  const key = readKey(), headers = { ...keyHeaders() };
   if (inBody) headers["content-type"] = "application/json";
   const content = inBody ? JSON.stringify(user ? { ...body, user: userName() } : body) : undefined;
   let response;
@@ -53,6 +57,7 @@ async function send(method, path, { body, query, signal, user = true } = {}) {
   throw new Trouble(seconds ? `${message} (In about ${seconds} s.)` : message, {
     code: answer.error?.code,
     status: response.status,
+    key,
   });
 }
 

@@ -227,6 +227,7 @@ function setRunning(controller) {
 }
 
 function failed(error) {
+  if (error.isOfOldKey) return;   // its form would stand before the new one's answers
   if (error.needsKey) {
     keyForm.show(error.message);
     trouble.textContent = "";
@@ -254,6 +255,7 @@ async function showStatus() {
     line.textContent = `${now.live} answers. ${now.votes} votes, ${now.cycles} cycles so far${cycle}.`;
     line.classList.remove("trouble");
   } catch (error) {
+    if (error.isOfOldKey) return;
     line.textContent = error.needsKey ? "" : messageOf(error);
     line.classList.add("trouble");
     if (error.needsKey && byId("key-form").hidden) failed(error);

@@ -64,5 +64,5 @@ def say(page: Page, text: str, *, two: bool | None = None) -> None:
 
 def wait_for_end(page: Page) -> None:
     """Until no answer is coming any more."""
-    expect(page.locator("body:not(.running)")).to_be_attached(timeout=60_000)
+    expect(page.locator("body:not(.running)")).to_be_attached()
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()

@@ -2,9 +2,10 @@
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from service.settings import Settings
+from tests.engine import free_port
 from tests.service.browsing import check_accessible, say, shoot, wait_for_end
 from tests.service.conftest import Pages, Rows, Serve, address_of, running, wait_until
 from tests.service.fake_engine import FakeEngine
@@ -121,6 +122,7 @@ def test_right_to_left_and_emoji_texts_are_shown_whole_and_in_their_direction(
 
 def test_an_answer_without_end_leaves_the_page_usable_and_can_be_stopped(serve: Serve, page: Page) -> None:
     endless = FakeEngine(replies=("**word** " * 200_000,))  # as fast as it can be sent
+    endless.may_end.clear()
     page.goto(str(serve(endless).base_url))
     say(page, "hello", two=False)
     expect(page.locator(".answer .body")).to_contain_text("word")
@@ -170,8 +172,8 @@ def test_a_busy_service_says_so_plainly(serve: Serve, pages: Pages) -> None:
 
 def test_the_service_restarted_under_an_open_page(prepared: Settings, rows: Rows, pages: Pages) -> None:
     settings = prepared.model_copy(update={"duel_votes": 0})
-    page = pages.open(phone=True, refusals=True)
-    with running(settings, lambda _: lambda _: FakeEngine()) as server:
+    page, port = pages.open(phone=True, refusals=True), free_port()
+    with running(settings, lambda _: lambda _: FakeEngine(), port) as server:
         url = address_of(server)
         wait_until(lambda: httpx.get(f"{url}/readyz", timeout=60).status_code == 200)
         page.goto(url)
@@ -183,7 +185,7 @@ def test_the_service_restarted_under_an_open_page(prepared: Settings, rows: Rows
     expect(page.get_by_role("alert")).to_contain_text("The service cannot be reached.")
     expect(page.get_by_label("Message", exact=True)).to_have_value("and then?")
     shoot(page, "away-phone")
-    with running(settings, lambda _: lambda _: FakeEngine(), port=int(url.split(":")[-1])):
+    with running(settings, lambda _: lambda _: FakeEngine(), port):
         wait_until(lambda: httpx.get(f"{url}/readyz", timeout=60).status_code == 200)
         page.get_by_role("button", name="Vote after all").click()
         page.get_by_role("button", name="First").click()
@@ -208,6 +210,8 @@ def test_the_page_asks_for_a_key_where_one_is_needed_and_again_when_it_has_expir
     expect(page.locator("[data-message]")).to_contain_text("A key is needed")
     expect(page.get_by_label("Message", exact=True)).to_be_focused()  # the form took no focus
     check_accessible(page, "key-phone")
+    late: list[Route] = []
+    page.route("**/v1/conversations?**", lambda route: hold_where_key_is_wrong(route, late))
     page.get_by_label("API key").fill("rk-wrong")
     page.get_by_role("button", name="Use it").click()
     expect(page.locator("[data-message]")).to_contain_text("This key is unknown, revoked or expired.")
@@ -215,8 +219,12 @@ def test_the_page_asks_for_a_key_where_one_is_needed_and_again_when_it_has_expir
     page.get_by_role("button", name="Use it").click()
     expect(page.locator("#status")).to_contain_text("policy-000000 answers.")
     expect(page.locator("#key-form")).to_be_hidden()
+    with page.expect_response(late[0].request.url):
+        late[0].continue_()
     say(page, "hello", two=False)
     expect(page.locator(".answer .body")).to_have_text("one two")
+    expect(page.locator("#key-form")).to_be_hidden()  # that the old key is refused is heard no more
+    wait_for_end(page)
     assert page.evaluate("[sessionStorage.getItem('ratchet-key'), localStorage.getItem('ratchet-key')]") == [
         keys[0],
         None,
@@ -225,6 +233,7 @@ def test_the_page_asks_for_a_key_where_one_is_needed_and_again_when_it_has_expir
     bearer = {"authorization": f"Bearer {keys[0]}"}
     wait_until(lambda: client.get("/v1/users/me", headers=bearer).status_code == 401)
     say(page, "more")
+    expect(page.locator("#key-form")).to_be_visible()
     expect(page.locator("[data-message]")).to_contain_text("This key is unknown, revoked or expired.")
     expect(page.get_by_label("Message", exact=True)).to_have_value("more")
     page.get_by_label("API key").fill(keys[1])
@@ -240,6 +249,13 @@ def test_the_page_asks_for_a_key_where_one_is_needed_and_again_when_it_has_expir
     page.get_by_role("button", name="Chats").click()
     page.get_by_role("button", name="Forget the key").click()
     expect(page.locator("[data-message]")).to_contain_text("A key is needed")
+
+
+def hold_where_key_is_wrong(route: Route, held: list[Route]) -> None:
+    if route.request.headers.get("authorization") == "Bearer rk-wrong":
+        held.append(route)
+    else:
+        route.continue_()
 
 
 def test_two_tabs_vote_on_one_comparison(serve: Serve, rows: Rows, pages: Pages) -> None:
@@ -272,6 +288,8 @@ def test_two_tabs_that_do_not_hear_each_other_leave_one_vote_the_later_one(
     tabs.append(pages.open(beside=tabs[0]))
     tabs[1].add_init_script("window.BroadcastChannel = class extends EventTarget { postMessage() {} };")
     tabs[1].goto(tabs[0].url)
+    # Else it may read the conversation when the other's vote is in already.
+    expect(tabs[1].get_by_text("Which answer is better?")).to_be_visible()
     for tab, name in zip(tabs, ("First", "Second"), strict=True):
         tab.get_by_role("button", name=name).click()
         expect(tab.locator(".verdict")).to_contain_text("You chose")
