@@ -198,6 +198,8 @@ class Fleet:
         self.exchanges_weights = exchanges_weights
         self._connect = connect
         self.replicas: list[Replica] = []
+        self.num_followed = 0
+        """How often it was told what to be made of: who read that before the last time may have read something older."""
         self.follow(dict.fromkeys(urls, "serving"))
         self._deployment: Deployment | None = None
         """The pointer as the database last said; None until it has been read."""
@@ -208,6 +210,7 @@ class Fleet:
 
     def follow(self, wanted: Mapping[str, str]) -> None:
         """Be made of these replicas; by address, `serving` or `draining`. One that is left out ends the requests that it has."""
+        self.num_followed += 1
         known = {replica.url: replica for replica in self.replicas}
         self.replicas = [known.get(url) or Replica(url, self._connect(url)) for url in wanted]
         for replica in self.replicas:

@@ -82,11 +82,15 @@ class Reconciler:
 
     async def tick(self, term: int | None) -> None:
         """Look at every replica and bring it one step nearer to what the database wants. term: the leader's, None for others."""
+        num_followed = self._fleet.num_followed
         async with self._sessions() as session:
             deployment, wanted = await policies.wanted(session)
             running = await duels.read_open(session)
             addresses = await replicas.read(session, self._settings.replica_urls)
-        self._fleet.follow(addresses)
+        if (
+            self._fleet.num_followed == num_followed
+        ):  # else an operator's change was followed meanwhile; the next tick reads it
+            self._fleet.follow(addresses)
         self._fleet.point(deployment)
         self._fleet.duel = duels.as_match(running) if running is not None else None
         see_to = self._delivery.plan(deployment, wanted, term)

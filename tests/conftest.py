@@ -24,6 +24,7 @@ hypothesis.settings.register_profile("ratchet", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ratchet")
 
 TEMPLATE = "ratchet_template"
+CONNECT_SECONDS = 120
 NUMBERS = itertools.count(1)
 
 
@@ -81,8 +82,9 @@ def database_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[URL]:
     settings = Settings(state=tmp_path_factory.mktemp("postgres"), database_port=free_port())
     embedded.prepare(settings)
     log = (settings.state / "postgres.log").open("ab")
-    # Only here: a test's database need not outlive a power cut, and making one is five times as fast.
-    words = [*embedded.command(settings), "-c", "fsync=off"]
+    # Only here: a test's database need not outlive a power cut, and making one is five times as fast; and what plans are made of
+    # is what the test itself has PostgreSQL look at.
+    words = [*embedded.command(settings), "-c", "fsync=off", "-c", "autovacuum=off"]
     with log, subprocess.Popen(words, stderr=log, cwd="/") as server:
         try:
             embedded.wait_until_ready(settings, lambda: server.poll() is None)
@@ -103,6 +105,11 @@ def database(database_server: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert settings.database_url is not None
     monkeypatch.setenv("DATABASE_URL", settings.database_url.get_secret_value())
     monkeypatch.setenv("RATCHET_STATE", str(tmp_path))
+    for module in (
+        "database",
+        "journal",
+    ):  # what no test is about: a machine that stands still for five seconds
+        monkeypatch.setattr(f"service.{module}.CONNECT_SECONDS", CONNECT_SECONDS)
     get_settings.cache_clear()
     yield settings
     _execute(database_server, f"DROP DATABASE {name} WITH (FORCE)")

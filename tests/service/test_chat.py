@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import httpx
 import pytest
@@ -55,11 +56,13 @@ def test_a_stream_has_openais_shape(serve: Serve) -> None:
 def test_a_replys_row_is_there_before_its_id_leaves_and_whole_before_its_last_chunk(
     serve: Serve, rows: Rows
 ) -> None:
-    client = serve(FakeEngine(pause_seconds=1.0))
+    engine = FakeEngine(may_end=threading.Event())
+    client = serve(engine)
     with client.stream("POST", CHAT, json=ask(stream=True)) as answer:
         events = (json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {"))
         reply_id = next(events)["id"]
         assert rows("SELECT content FROM replies WHERE id = %s", reply_id) == [(None,)]
+        engine.may_end.set()
         while next(events)["choices"][0]["finish_reason"] is None:
             pass
         assert rows("SELECT content FROM replies WHERE id = %s", reply_id) == [("one two",)]

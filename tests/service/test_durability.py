@@ -78,7 +78,7 @@ async def vote_while_parts_are_killed(settings: Settings, parts: dict[str, Super
 def test_what_was_acknowledged_is_stored_once_though_every_part_was_killed(tmp_path: Path) -> None:
     settings = fresh_settings(tmp_path, tmp_path / "no-model")
     with running(settings, ["service"]) as parts:
-        assert wait_until_answering(f"http://127.0.0.1:{settings.port}/healthz", 60) < 60
+        assert wait_until_answering(f"http://127.0.0.1:{settings.port}/healthz", 300) < 300
         clients = asyncio.run(vote_while_parts_are_killed(settings, parts))
         stored = audit.read_stored(libpq_url(settings))
         assert [part.num_kills for part in parts.values()] == [1, 1]

@@ -41,7 +41,7 @@ def running(settings: Settings) -> Iterator["subprocess.Popen[bytes]"]:
         yield server
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(30)
+        server.wait(120)
 
 
 def ask(settings: Settings, query: str) -> str:

@@ -177,7 +177,7 @@ def service_process(
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        assert wait_until_answering(f"{url}/readyz", 60) < 60, log.read_text()
+        assert wait_until_answering(f"{url}/readyz", 300) < 300, log.read_text()
         with httpx.Client(base_url=url, timeout=30) as client:
             yield client, process
     finally:
@@ -248,7 +248,7 @@ def test_when_postgresql_comes_back_everything_goes_on(tmp_path: Path, http_engi
     tmp_path.chmod(0o755)  # PostgreSQL may run as somebody else
     url = f"http://127.0.0.1:{settings.port}"
     with running(settings, ["service"]) as parts, httpx.Client(base_url=url, timeout=30) as client:
-        assert wait_until_answering(f"{url}/readyz", 60) < 60
+        assert wait_until_answering(f"{url}/readyz", 300) < 300
         http_engine.hold("word")
         with client.stream("POST", CHAT, json=ask(stream=True)) as answer:
             lines = answer.iter_lines()

@@ -99,7 +99,7 @@ def process(settings: Settings, log: Path, log_format: str) -> Iterator[httpx.Cl
                 yield client
         finally:
             service.send_signal(signal.SIGTERM)
-            service.wait(30)
+            service.wait(120)
 
 
 def _is_ready(client: httpx.Client) -> bool:

@@ -32,6 +32,12 @@ SAYS = {BASE: "the old answer", NEW: "something rather different"}
 PROBE = {"token_ids": [1, 2, 3], "logprobs": [None, -2.0, -2.0], "base_logprobs": [None, -1.0, -1.0]}
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading takes as long as the machine does."""
+    monkeypatch.setattr("service.fleet.HOLD_SECONDS", 120.0)
+
+
 def make_engine(url: str, **options: Any) -> FakeEngine:
     return FakeEngine(
         url=url,

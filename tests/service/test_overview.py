@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from service.duel import find_interval
-from tests.service.conftest import Rows, Serve, ask
+from tests.service.conftest import Rows, Serve, ask, wait_until
 from tests.service.fake_engine import FakeEngine
 from tests.service.history import (
     ASKED,
@@ -32,7 +32,14 @@ def served(serve: Serve, rows: Rows, folder: Path, **settings: Any) -> httpx.Cli
     """A service with a day's history, its three policies loaded."""
     write_history(rows, folder)
     engine = FakeEngine(logprobs=dict.fromkeys((ONE, TWO, THREE), -2.0))
-    return serve(engine, **{"duel_votes": 100} | settings)
+    client = serve(engine, **{"duel_votes": 100} | settings)
+    wait_until(lambda: {ONE, TWO, THREE} <= set(held(client)))
+    return client
+
+
+def held(client: httpx.Client) -> list[str]:
+    policies: list[str] = client.get("/operator/overview").json()["engines"]["policies"]
+    return policies
 
 
 def test_the_overview_tells_what_answers_what_is_on_trial_and_what_was_learnt(

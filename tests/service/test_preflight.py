@@ -106,7 +106,7 @@ def test_the_command_ends_with_one_line_and_status_2(
         env={**os.environ, **ports, "RATCHET_STATE": str(tmp_path / "state"), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 2
     [line] = done.stderr.strip().splitlines()

@@ -86,7 +86,7 @@ def test_the_key_opens_a_service_that_others_can_reach(ready: Settings, tiny_mod
         "RATCHET_PORT": str(port),
         "RATCHET_ENGINE_URLS": json.dumps([f"http://127.0.0.1:{free_port()}"]),
     }
-    subprocess.run([sys.executable, "-m", "service.cli", "prepare"], env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "service.cli", "prepare"], env=environment, check=True, timeout=300)
     service = subprocess.Popen([sys.executable, "-m", "service"], env=environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
@@ -95,7 +95,7 @@ def test_the_key_opens_a_service_that_others_can_reach(ready: Settings, tiny_mod
             assert client.get("/metrics", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
     finally:
         service.send_signal(signal.SIGTERM)
-        service.wait(30)
+        service.wait(120)
 
 
 def _answers(client: httpx.Client) -> bool:
@@ -123,7 +123,7 @@ def test_an_engine_by_itself_listens_where_the_settings_say(tmp_path: Path, tiny
     }
     command = [sys.executable, "-m", "service.cli", "engine"]
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300
     )
     arguments, allowed = json.loads(done.stdout)
     assert allowed == "1"

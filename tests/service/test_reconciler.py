@@ -43,7 +43,7 @@ def test_a_challenger_that_reproduces_its_probe_goes_live_and_can_be_rolled_back
     publish(rows, folder.name, folder)
     wait_until(lambda: rows(POINTER) == [(folder.name, "policy-000000", None)])
     assert rows("SELECT state FROM policies WHERE name = %s", folder.name) == [("verified",)]
-    assert client.post(CHAT, json=ask()).headers["x-ratchet-policy"] == folder.name
+    wait_until(lambda: client.post(CHAT, json=ask()).headers.get("x-ratchet-policy") == folder.name)
     assert client.post(CHAT, json=ask() | {"model": "policy-000000"}).json()["model"] == "policy-000000"
     assert client.post("/operator/rollback").json()["live"] == "policy-000000"
     assert client.post(CHAT, json=ask()).headers["x-ratchet-policy"] == "policy-000000"
@@ -99,7 +99,7 @@ def test_a_replica_that_restarted_gets_its_policies_back_before_traffic(
     engine = FakeEngine(logprobs={folder.name: -2.0})
     client = serve(engine)
     publish(rows, folder.name, folder)
-    wait_until(lambda: rows(POINTER)[0][0] == folder.name)
+    wait_until(lambda: client.post(CHAT, json=ask()).headers.get("x-ratchet-policy") == folder.name)
     engine.held = {"policy-000000"}  # as after a restart
     answer = client.post(CHAT, json=ask())
     assert answer.status_code == 503 or answer.headers["x-ratchet-policy"] == folder.name

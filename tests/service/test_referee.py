@@ -151,7 +151,7 @@ def test_a_live_policy_that_loses_to_the_one_before_it_is_taken_back(
     [(state, reason)] = rows("SELECT state, reason FROM policies WHERE name = %s", NEW)
     assert state == "rolled_back"
     assert "prove it worse" in reason
-    assert client.post(CHAT, json=ask()).headers["x-ratchet-policy"] == BASE
+    wait_until(lambda: client.post(CHAT, json=ask()).headers.get("x-ratchet-policy") == BASE)
 
 
 @pytest.mark.parametrize(

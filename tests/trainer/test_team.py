@@ -24,7 +24,7 @@ LAUNCH = (
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
 )
 """As on GPUs; where there are none, the processes find each other by gloo."""
-SECONDS = 300.0
+SECONDS = 1800.0
 
 
 @pytest.fixture(scope="module")
