@@ -87,9 +87,8 @@ class Reconciler:
             deployment, wanted = await policies.wanted(session)
             running = await duels.read_open(session)
             addresses = await replicas.read(session, self._settings.replica_urls)
-        if (
-            self._fleet.num_followed == num_followed
-        ):  # else an operator's change was followed meanwhile; the next tick reads it
+        # Where an operator's change was followed meanwhile, this may be older; the next tick reads it.
+        if self._fleet.num_followed == num_followed:
             self._fleet.follow(addresses)
         self._fleet.point(deployment)
         self._fleet.duel = duels.as_match(running) if running is not None else None

@@ -105,10 +105,8 @@ def database(database_server: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert settings.database_url is not None
     monkeypatch.setenv("DATABASE_URL", settings.database_url.get_secret_value())
     monkeypatch.setenv("RATCHET_STATE", str(tmp_path))
-    for module in (
-        "database",
-        "journal",
-    ):  # what no test is about: a machine that stands still for five seconds
+    # A machine that stands still for five seconds is what no test is about.
+    for module in ("database", "journal"):
         monkeypatch.setattr(f"service.{module}.CONNECT_SECONDS", CONNECT_SECONDS)
     get_settings.cache_clear()
     yield settings

@@ -1,16 +1,19 @@
 """Several replicas: what becomes of requests when one of them fails, hangs or comes back; by scripted engines."""
 
+import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
-from service import fleet, reconciler
+from service import fleet, reconciler, replicas
 from service.errors import EngineGone, EngineUnavailable
 from tests.service.conftest import Rows, Serve, ask, chunks, command_line, publish, wait_until
 from tests.service.fake_engine import FakeEngine
@@ -235,6 +238,35 @@ def addressed() -> tuple[FakeEngine, FakeEngine]:
     """Two whose addresses an operator could give."""
     first, second = "http://127.0.0.1:7001", "http://127.0.0.1:7002"
     return FakeEngine(url=first, replies=("from a",)), FakeEngine(url=second, replies=("from b",))
+
+
+def test_what_was_read_before_a_replica_is_drained_is_not_followed_after_it(
+    serve: Serve, addressed: tuple[FakeEngine, FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_read, may_go_on = 0, math.inf
+
+    async def read(*asked: Any) -> Any:
+        nonlocal num_read
+        found = await replicas.read(*asked)
+        num_read += 1
+        number = num_read
+        while number > may_go_on:
+            await asyncio.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(reconciler, "replicas", SimpleNamespace(read=read))
+    first, second = addressed
+    client = serve_both(serve, first, second)
+    before = may_go_on = num_read
+    wait_until(lambda: num_read > before)  # one tick has read that both serve
+    try:
+        assert change(client, first.url, "draining").status_code == 200
+        may_go_on = before + 1
+        wait_until(lambda: num_read > before + 1)  # and has done what it does, as the next has read
+        answers = [client.post(CHAT, json=ask()).json() for _ in range(5)]
+    finally:
+        may_go_on = math.inf
+    assert {answer["choices"][0]["message"]["content"] for answer in answers} == {"from b"}
 
 
 def test_replicas_are_added_drained_and_removed_while_it_runs_and_it_is_on_record(
