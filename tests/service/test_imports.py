@@ -293,9 +293,8 @@ def test_a_second_import_at_the_same_time_is_told_to_wait(serve: Serve, database
         connection.execute(text("SELECT pg_advisory_lock(7203002)"))
         refused = upload(client, "pairs", jsonl(PAIR))
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "import_running")
-        connection.execute(
-            text("SELECT pg_advisory_unlock(7203002)")
-        )  # who only leaves keeps it a moment longer
+        # Who only leaves keeps it a moment longer.
+        connection.execute(text("SELECT pg_advisory_unlock(7203002)"))
     engine.dispose()
     assert upload(client, "pairs", jsonl(PAIR)).status_code == 201
 
