@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from service.duel import Rules, Tally, decide
 from service.tables import CHOICES
 from tests.service.conftest import Rows
@@ -102,6 +104,12 @@ def write_history(rows: Rows, folder: Path) -> None:
         "INSERT INTO operator_actions (account, action, subject, reason, created_at) VALUES ('acme', 'start cycle', '5', %s, %s)",
         "Enough new votes, and I want to see it.", _before(3),
     )  # fmt: skip
+
+
+def held(client: httpx.Client) -> list[str]:
+    """The policies that its engines have been shown to hold, in order."""
+    policies: list[str] = client.get("/operator/overview").json()["engines"]["policies"]
+    return policies
 
 
 def _before(hours: float) -> datetime:

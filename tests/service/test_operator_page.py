@@ -15,7 +15,7 @@ from service.settings import Settings
 from tests.engine import free_port
 from tests.service.conftest import Pages, Rows, Serve, address_of, running, wait_until
 from tests.service.fake_engine import FakeEngine
-from tests.service.history import BASE, NUM_VOTES, ONE, THREE, TWO, Given, write_history, write_votes
+from tests.service.history import BASE, NUM_VOTES, ONE, THREE, TWO, Given, held, write_history, write_votes
 
 pytestmark = [pytest.mark.browser, pytest.mark.database]
 POINTER = "SELECT live, previous, challenger FROM deployment"
@@ -35,7 +35,7 @@ def client(serve: Serve, rows: Rows, engine: FakeEngine, tmp_path: Path) -> http
     """A service with a day's history: policy-000002 is live, policy-000003 on trial, policy-000001 previous."""
     write_history(rows, tmp_path)
     client = serve(engine, duel_votes=100)
-    wait_until(lambda: len(client.get("/operator/overview").json()["engines"]["policies"]) == 4)
+    wait_until(lambda: held(client) == [BASE, ONE, TWO, THREE])
     return client
 
 
@@ -64,12 +64,6 @@ def shoot(page: Page, name: str) -> None:
 
 def url_of(client: httpx.Client) -> str:
     return str(client.base_url).rstrip("/")
-
-
-def held_by(url: str) -> list[str]:
-    """The policies that its engines have been shown to hold."""
-    policies: list[str] = httpx.get(f"{url}/operator/overview", timeout=60).json()["engines"]["policies"]
-    return policies
 
 
 def loaded(page: Page) -> Page:
@@ -330,9 +324,12 @@ def test_a_restart_of_the_service_is_shown_and_then_it_goes_on(
     expect(page.get_by_role("dialog")).to_contain_text("The service cannot be reached.")
     expect(page.locator("#banner")).to_contain_text("The service cannot be reached.")
     expect(page.locator("#policies .card").first).to_contain_text(TWO)  # what was read before stays
-    with running(settings, lambda _: lambda _: engine, port):
+    with (
+        running(settings, lambda _: lambda _: engine, port) as server,
+        httpx.Client(base_url=address_of(server), timeout=60) as client,
+    ):
         expect(page.locator("#banner")).to_be_hidden()
-        wait_until(lambda: ONE in held_by(f"http://127.0.0.1:{port}"))  # not alone TWO, which it begins with
+        wait_until(lambda: ONE in held(client))  # not alone TWO, which it begins with
         expect(page.locator("#health")).to_contain_text("Healthy")
         expect(page.get_by_label("Why?")).to_have_value("It is curt.")
         page.get_by_role("button", name=f"Roll back to {ONE}").click()

@@ -21,6 +21,7 @@ from tests.service.history import (
     THREE,
     TWO,
     Given,
+    held,
     write_history,
     write_votes,
 )
@@ -33,13 +34,8 @@ def served(serve: Serve, rows: Rows, folder: Path, **settings: Any) -> httpx.Cli
     write_history(rows, folder)
     engine = FakeEngine(logprobs=dict.fromkeys((ONE, TWO, THREE), -2.0))
     client = serve(engine, **{"duel_votes": 100} | settings)
-    wait_until(lambda: {ONE, TWO, THREE} <= set(held(client)))
+    wait_until(lambda: held(client) == [BASE, ONE, TWO, THREE])
     return client
-
-
-def held(client: httpx.Client) -> list[str]:
-    policies: list[str] = client.get("/operator/overview").json()["engines"]["policies"]
-    return policies
 
 
 def test_the_overview_tells_what_answers_what_is_on_trial_and_what_was_learnt(
