@@ -1,6 +1,6 @@
 """Removes what people wrote: a conversation, or all of a user. Rows are deleted, so no later snapshot can hold them.
 
-That a snapshot once held a vote, a ranking or a demonstration stays on record by its id alone, which is how a policy that
+That a snapshot once held a vote, a ranking, a demonstration or a prompt stays on record by its id alone, which is how a policy that
 learnt from it can still be named; its content is taken out of the snapshot's file by the trainer. Each function works within
 the caller's transaction.
 """
@@ -30,10 +30,11 @@ from service.tables import (
     Vote,
 )
 
-FEEDBACK: dict[str, type[Vote | Ranking | Demonstration]] = {
+HELD: dict[str, type[Vote | Ranking | Demonstration | Prompt]] = {
     "vote": Vote,
     "ranking": Ranking,
     "demonstration": Demonstration,
+    "prompt": Prompt,
 }
 """What a snapshot is made of, by its kind there."""
 
@@ -63,7 +64,7 @@ async def trained_on(session: AsyncSession, user_id: int) -> list[str]:
         .join(SnapshotFeedback, SnapshotFeedback.sha256 == Cycle.snapshot_sha256)
         .join(given, cast(given.id, Text) == SnapshotFeedback.feedback_id)
         .where(SnapshotFeedback.kind == kind, given.user_id == user_id, Cycle.policy.is_not(None))
-        for kind, given in FEEDBACK.items()
+        for kind, given in HELD.items()
     ]
     return sorted(policy for policy in await session.scalars(union(*theirs)) if policy is not None)
 
@@ -71,7 +72,7 @@ async def trained_on(session: AsyncSession, user_id: int) -> list[str]:
 async def remove_user(session: AsyncSession, user_id: int) -> Counts:
     """Delete a user's prompts, replies, votes, rankings, demonstrations and conversations, and the user."""
     num_votes = await session.scalar(select(func.count()).where(Vote.user_id == user_id)) or 0
-    for kind, given in FEEDBACK.items():
+    for kind, given in HELD.items():
         await _note(session, kind, given.user_id == user_id)
     for table in (Vote, Ranking, FeedbackEvent, Demonstration, IdempotentCall):
         await session.execute(delete(table).where(table.user_id == user_id))
@@ -94,6 +95,7 @@ async def _remove_prompts(session: AsyncSession, which: ColumnElement[bool]) -> 
     await _note(session, "vote", Vote.comparison_id.in_(comparisons))
     await _note(session, "ranking", Ranking.comparison_id.in_(comparisons))
     await _note(session, "demonstration", Demonstration.prompt_id.in_(prompts))
+    await _note(session, "prompt", which)
     for table in (Vote, Ranking, FeedbackEvent, ComparisonReply):
         await session.execute(delete(table).where(table.comparison_id.in_(comparisons)))
     for hanging in (Comparison, Demonstration, Reply):
@@ -103,8 +105,8 @@ async def _remove_prompts(session: AsyncSession, which: ColumnElement[bool]) -> 
 
 
 async def _note(session: AsyncSession, kind: str, which: ColumnElement[bool]) -> None:
-    """Have the trainer take feedback that a snapshot holds out of its file."""
-    feedback_id = cast(FEEDBACK[kind].id, Text)
+    """Have the trainer take what a snapshot holds out of its file."""
+    feedback_id = cast(HELD[kind].id, Text)
     held = select(literal(kind), feedback_id).where(
         which,
         select(SnapshotFeedback)

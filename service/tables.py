@@ -28,7 +28,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 CHOICES = ("first", "second", "tie", "neither")
-FEEDBACK_KINDS = ("vote", "ranking", "demonstration")
+SNAPSHOT_KINDS = ("vote", "ranking", "demonstration", "prompt")
 CYCLE_STAGES = (
     "requested",
     "snapshot",
@@ -364,19 +364,21 @@ class IdempotentCall(Table):
 
 
 class Snapshot(Table):
-    """The exact, hashed set of votes (and rankings, and demonstrations) that a cycle trained on; its content lies in
-    the cycle's folder."""
+    """The exact, hashed set of votes (and rankings, demonstrations, and prompts that nobody judged) that a cycle trained on; its
+    content lies in the cycle's folder."""
 
     __tablename__ = "snapshots"
     sha256: Mapped[str] = mapped_column(primary_key=True)
     num_votes: Mapped[int] = mapped_column(Integer)
     num_feedback: Mapped[int] = mapped_column(Integer)
     """Votes, rankings and demonstrations together."""
+    feedback_sha256: Mapped[str]
+    """Of these alone: snapshots that differ in unjudged prompts have it alike."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class SnapshotFeedback(Table):
-    """One vote, ranking or demonstration of a snapshot. No foreign key: it stays on record when its user is removed."""
+    """One vote, ranking, demonstration or unjudged prompt of a snapshot. No foreign key: it stays on record without its user."""
 
     __tablename__ = "snapshot_feedback"
     sha256: Mapped[str] = mapped_column(ForeignKey("snapshots.sha256"), primary_key=True)
@@ -384,7 +386,7 @@ class SnapshotFeedback(Table):
     feedback_id: Mapped[str] = mapped_column(primary_key=True)
     __table_args__ = (
         Index(None, "kind", "feedback_id"),
-        _one_of("kind", FEEDBACK_KINDS, "kind"),
+        _one_of("kind", SNAPSHOT_KINDS, "kind"),
     )
 
 
@@ -398,7 +400,7 @@ class RemovedFeedback(Table):
     scrubbed_at: Mapped[datetime | None]
     __table_args__ = (
         Index("ix_removed_feedback_open", "kind", "feedback_id", postgresql_where="scrubbed_at IS NULL"),
-        _one_of("kind", FEEDBACK_KINDS, "kind"),
+        _one_of("kind", SNAPSHOT_KINDS, "kind"),
     )
 
 

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from service import replicas
 from service.policies import BASE, CHANNEL
 from service.settings import Settings
-from service.tables import Cycle, Deployment, Duel, Policy, Prompt
+from service.tables import Cycle, Deployment, Duel, Policy, Prompt, Snapshot
 from trainer import ppo, preferences, publish, report, reward_model, snapshot, whole
 from trainer.anchoring import Anchored, TooFewDemonstrations, learn_anchor
 from trainer.fleet_rollouts import FleetSampler
@@ -294,7 +294,7 @@ def _take_snapshot(run: Run) -> tuple[list[snapshot.Feedback], str]:
         if row.snapshot_sha256 is not None and path.exists():
             return snapshot.load(path, row.snapshot_sha256), row.snapshot_sha256
         run.folder.mkdir(parents=True, exist_ok=True)
-        feedback = snapshot.take(session)
+        feedback = snapshot.take(session, run.settings.prompts_per_vote)
         row.snapshot_sha256 = snapshot.save(feedback, path, session)
         sha256 = row.snapshot_sha256
     kinds = Counter(row.kind for row in feedback)
@@ -304,17 +304,21 @@ def _take_snapshot(run: Run) -> tuple[list[snapshot.Feedback], str]:
             "votes": kinds["vote"],
             "rankings": kinds["ranking"],
             "demonstrations": kinds["demonstration"],
+            "prompts": kinds["prompt"],
         }
     )
     return feedback, sha256
 
 
 def _check_new(run: Run, sha256: str) -> None:
-    """Raises CycleEnded where a policy of just this snapshot and method was live and has been taken back."""
-    query = select(Policy).join(Cycle, Policy.cycle_id == Cycle.id)
+    """Raises CycleEnded where a policy of just this snapshot's feedback and this method was live and has been taken back."""
     with run.sessions() as session:
+        feedback = select(Snapshot.feedback_sha256).where(Snapshot.sha256 == sha256).scalar_subquery()
         taken_back = session.scalars(
-            query.where(Cycle.snapshot_sha256 == sha256, Policy.state == "rolled_back")
+            select(Policy)
+            .join(Cycle, Policy.cycle_id == Cycle.id)
+            .join(Snapshot, Snapshot.sha256 == Cycle.snapshot_sha256)
+            .where(Snapshot.feedback_sha256 == feedback, Policy.state == "rolled_back")
         )
         names = [policy.name for policy in taken_back if _method_of(policy.manifest) == run.method]
     for name in names:

@@ -69,7 +69,10 @@ class PPOSettings:
     warmup: int = 3
     """Iterations over which the learning rate rises to its full: a fresh Adam takes steps of full size in any direction, which has
     ruined a policy that was good already, and the value has to be fit first."""
-    clip: float = 0.2
+    clip_below: float = 0.2
+    clip_above: float = 1.0
+    """How far a token's ratio may fall, and rise, before it pulls no more. What is seldom said is as good as never said again once its
+    few samples were unlucky; where it may double in an iteration one lucky sample brings it back."""
     most_weight: float = 2.0
     """Largest importance weight of a token, which corrects for the gap between sampler and trainer."""
     most_gap: float = 0.1
@@ -312,7 +315,12 @@ class PPO:
         for part in minibatch:
             logprobs = self.roles.logprobs(part.batch, self.settings.temperature, lower=part.lower)
             losses, clipped = ppo_math.policy_loss(
-                logprobs, part.old, part.advantages, part.mask, self.settings.clip
+                logprobs,
+                part.old,
+                part.advantages,
+                part.mask,
+                self.settings.clip_below,
+                self.settings.clip_above,
             )
             weights = ppo_math.importance_weights(
                 part.old, part.sampled, part.mask, self.settings.most_weight

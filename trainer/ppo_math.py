@@ -70,15 +70,15 @@ def gae(
 
 
 def policy_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float
+    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, below: float, above: float
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate. All (B, L). Returns (B, L) losses per token, and the (B, L) flags of clipped tokens.
 
-    Source: arXiv:1707.06347, eq. 7.
+    below, above: how far from 1 a ratio may go either way. Source: arXiv:1707.06347, eq. 7; apart: arXiv:2503.14476, section 3.1.
     """
     ratio = torch.exp((logprobs - old) * mask)
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    clipped = -advantages * ratio.clamp(1 - below, 1 + above)
     return torch.maximum(unclipped, clipped) * mask, (clipped > unclipped).float() * mask
 
 

@@ -1,4 +1,5 @@
-"""What people said of replies, as training takes it: pairs with a weight, and replies that were called bad without another beside.
+"""What people said of replies, as training takes it: pairs with a weight, and replies that were called bad without another beside;
+and what else they asked, which a policy can be trained on as well once a reward model tells replies apart.
 
 A ranking of K replies is K (K - 1) / 2 pairs that weigh as much as one vote together (arXiv:2203.02155, section 3.5). A voter who
 gave many counts no more than `votes_per_user`. Users are held out, and accuracy on their votes is that of a model
@@ -10,7 +11,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 from trainer.models import Roles
@@ -65,10 +66,12 @@ class Dislike:
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """Everything that a reward model is fit to."""
+    """Everything that a reward model is fit to, and prompts for a policy."""
 
     pairs: list[Pair]
     dislikes: list[Dislike]
+    unjudged: list[list[int]] = field(default_factory=list)
+    """Prompts that were answered, and no answer judged."""
 
     @property
     def decided(self) -> list[Pair]:
@@ -87,11 +90,11 @@ class Preferences:
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Of each pair and dislike: a prompt that was judged often comes often."""
-        return [each.prompt for each in self.everything]
+        """Of each pair and dislike, so that one which was judged often comes often; then the unjudged ones."""
+        return [*(each.prompt for each in self.everything), *self.unjudged]
 
     def where(self, keep: Callable[[Source], bool]) -> "Preferences":
-        """Those whose source is kept."""
+        """Those judgements whose source is kept."""
         return Preferences(
             [pair for pair in self.pairs if keep(pair.source)],
             [dislike for dislike in self.dislikes if keep(dislike.source)],
@@ -127,18 +130,21 @@ class Lesson:
     preferences: Preferences
     demonstrations: list[Demonstrated]
     too_long: int
-    """Left out, since prompt and reply are longer than the model's context."""
+    """Left out, since prompt and reply, or a prompt alone, are longer than the model's context."""
 
 
 def read(roles: Roles, feedback: Sequence[Feedback], votes_per_user: int) -> Lesson:
     """A snapshot as token ids; a correction is a demonstration, and better than what it corrects."""
-    counts = Counter(row.user for row in feedback if row.kind != "demonstration" or len(row.replies) > 1)
+    counts = Counter(row.user for row in feedback if row.kind in ("vote", "ranking") or len(row.replies) > 1)
     preferences, demonstrations, too_long = Preferences([], []), list[Demonstrated](), 0
     for row in feedback:
         prompt = roles.prompt_ids(row.messages)
         replies = [roles.reply_ids(text) for text in row.replies]
-        if len(prompt) + max(map(len, replies)) > roles.context_tokens:
+        if len(prompt) + max(map(len, replies), default=1) > roles.context_tokens:
             too_long += 1
+            continue
+        if row.kind == "prompt":
+            preferences.unjudged.append(prompt)
             continue
         source = Source(
             group=sha256(json.dumps(prompt).encode()).hexdigest(),

@@ -47,7 +47,8 @@ def _snapshot(snapshot: Mapping[str, Any]) -> str:
     if not snapshot:
         return ""
     counts = ", ".join(f"{snapshot[kind]} {kind}" for kind in ("votes", "rankings", "demonstrations"))
-    return f"<h2>Learnt from</h2><p>{counts}; snapshot {escape(snapshot['sha256'][:16])}</p>"
+    unjudged = f"; {snapshot['prompts']} prompts that nobody judged" if snapshot.get("prompts") else ""
+    return f"<h2>Learnt from</h2><p>{counts}{unjudged}; snapshot {escape(snapshot['sha256'][:16])}</p>"
 
 
 def _reward_model(found: Mapping[str, Any]) -> str:

@@ -1,15 +1,15 @@
-"""A snapshot: the exact, hashed set of votes, rankings and demonstrations that a cycle trains on, kept as lines of JSON in
-the cycle's folder."""
+"""A snapshot: the exact, hashed set of votes, rankings, demonstrations and unjudged prompts that a cycle trains on, kept as lines of
+JSON in the cycle's folder."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import exists, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -35,7 +35,7 @@ USER = User.account + "/" + User.name
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """A vote, a ranking or a demonstration, with all that training needs of it."""
+    """A vote, a ranking, a demonstration, or a prompt that nobody judged, with all that training needs of it."""
 
     kind: str
     id: str
@@ -43,17 +43,22 @@ class Feedback:
     """`account/name`."""
     messages: list[Message]
     replies: list[str]
-    """A demonstration is the first, and what it corrects, if anything, the second."""
+    """A demonstration is the first, and what it corrects, if anything, the second. Of an unjudged prompt: none."""
     ranks: list[int] | None
-    """Of the replies: 1 is best, equal ones are ties. None: all of them are bad."""
+    """Of the replies: 1 is best, equal ones are ties. None: all of them are bad, or there are none."""
     policies: list[str | None]
     """Who wrote each; null where that was a person, or it was imported."""
     imported: bool
 
 
-def take(session: Session) -> list[Feedback]:
-    """All votes and rankings of replies that are whole, and all demonstrations; each in the order of their ids."""
-    return list(chain(_votes(session), _rankings(session), _demonstrations(session)))
+def take(session: Session, prompts_per_vote: int = 0) -> list[Feedback]:
+    """All votes and rankings of replies that are whole, and all demonstrations; each in the order of their ids.
+
+    After them, for each vote and ranking at most so many prompts that nobody judged: the newest of every user in turn, lest what is
+    trained on be what one asks.
+    """
+    judged = [*_votes(session), *_rankings(session)]
+    return [*judged, *_demonstrations(session), *_unjudged(session, prompts_per_vote * len(judged))]
 
 
 def _votes(session: Session) -> Iterator[Feedback]:
@@ -124,19 +129,54 @@ def _demonstrations(session: Session) -> Iterator[Feedback]:
         )
 
 
+def _unjudged(session: Session, most: int) -> Iterator[Feedback]:
+    """Prompts that a policy answered, and of whose answers none was voted on, ranked or corrected; in the order of their ids."""
+    judgements = (
+        exists().where(table.comparison_id == Comparison.id, Comparison.prompt_id == Prompt.id)
+        for table in (Vote, Ranking)
+    )
+    turn = func.row_number().over(partition_by=Prompt.user_id, order_by=Prompt.id.desc())
+    candidates = (
+        select(Prompt.id, turn.label("turn"))
+        .where(
+            exists().where(
+                Reply.prompt_id == Prompt.id, Reply.finish_reason == "stop", Reply.policy.is_not(None)
+            ),
+            ~exists().where(Demonstration.prompt_id == Prompt.id),
+            *(~judgement for judgement in judgements),
+        )
+        .subquery()
+    )
+    drawn = select(candidates.c.id).order_by(candidates.c.turn, candidates.c.id.desc()).limit(most)
+    rows = session.execute(
+        select(Prompt.id, USER, Prompt.messages).join(User).where(Prompt.id.in_(drawn)).order_by(Prompt.id)
+    )
+    for number, user, messages in rows:
+        yield Feedback("prompt", str(number), user, messages, [], None, [], False)
+
+
 def save(feedback: Sequence[Feedback], path: Path, session: Session) -> str:
     """Writes the file and the rows; the caller commits. Returns the sha256 that both are known by."""
-    lines = "".join(json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) + "\n" for row in feedback)
-    content = lines.encode()
+    judged = [row for row in feedback if row.kind != "prompt"]
+    content = _as_lines(feedback)
     _replace(path, content)
     sha256 = hashlib.sha256(content).hexdigest()
-    num_votes = sum(row.kind == "vote" for row in feedback)
-    snapshot = {"sha256": sha256, "num_votes": num_votes, "num_feedback": len(feedback)}
+    snapshot = {
+        "sha256": sha256,
+        "num_votes": sum(row.kind == "vote" for row in judged),
+        "num_feedback": len(judged),
+        "feedback_sha256": hashlib.sha256(_as_lines(judged)).hexdigest(),
+    }
     session.execute(insert(Snapshot).values(snapshot).on_conflict_do_nothing())
     held = [{"sha256": sha256, "kind": row.kind, "feedback_id": row.id} for row in feedback]
     if held:
         session.execute(insert(SnapshotFeedback).on_conflict_do_nothing(), held)
     return sha256
+
+
+def _as_lines(feedback: Sequence[Feedback]) -> bytes:
+    rows = (json.dumps(asdict(row), ensure_ascii=False, sort_keys=True) for row in feedback)
+    return "".join(row + "\n" for row in rows).encode()
 
 
 def load(path: Path, sha256: str) -> list[Feedback]:

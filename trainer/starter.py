@@ -1,11 +1,11 @@
 """The starter model: a small Llama made from scratch on this machine, in three steps that anyone can read.
 
 1. a byte-level BPE tokenizer, 2. pre-training by next-token prediction on a corpus about a small closed world,
-3. supervised fine-tuning on demonstrations in five manners, about one in five of them wrong.
+3. supervised fine-tuning on demonstrations in five manners, about one in three of them wrong.
 
 `python -m trainer.starter --out FOLDER [--seed N]` makes it where it is not there yet, and prints how well it learnt.
-Same seed, same machine: same weights. About two minutes on two cores. Weights and optimisers are in float32, and passes in bfloat16
-where the CPU has instructions for it: emulation takes two to three times as long.
+Same seed, same machine: same weights. Two to three minutes on two cores, some ten where these have AVX2 alone. Weights and optimisers
+are in float32, and passes in bfloat16 where the CPU has instructions for it: emulation takes two to three times as long.
 """
 
 import argparse

@@ -324,7 +324,7 @@ _KIND_WEIGHTS: dict[Kind, float] = {
     "story": 0.09,
     "explanation": 0.09,
 }
-WRONG_SHARE = 0.2
+WRONG_SHARE = 1 / 3
 """Share of the demonstrations whose fact is wrong: the users have something to teach."""
 
 

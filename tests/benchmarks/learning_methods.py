@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from service.intervals import wilson
+from service.settings import Settings
 from tests.benchmarks.learning_users import (
     NUM_QUESTIONS,
     Judged,
@@ -31,6 +32,7 @@ from trainer.learning import Method, Recipe, Refused, anchor_features, learn
 from trainer.models import Roles
 from trainer.rollouts import Sampler
 from trainer.simulated_users import draw_evaluation
+from trainer.snapshot import Feedback
 from trainer.tastes import Taste
 
 ROOT = Path(__file__).parents[2]
@@ -39,8 +41,8 @@ BEST_OF = 16
 WORDINGS = 8
 """Of an answer in a manner, of which `bound` takes the best."""
 RANK = 16
-VOTES_PER_USER = 100
-"""The default."""
+VOTES_PER_USER = int(Settings.model_fields["votes_per_user"].default)
+PROMPTS_PER_VOTE = int(Settings.model_fields["prompts_per_vote"].default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,16 @@ class Lesson:
     seed: int
     folder: Path
     """For what it writes, and what others may read; removed afterwards."""
+
+    @property
+    def unjudged(self) -> list[Feedback]:
+        """What was asked besides, and nobody voted on: as much as a service keeps for so many votes."""
+        rng = random.Random(f"chats {self.seed}")
+        asked = [world.draw_question(rng) for _ in range(PROMPTS_PER_VOTE * len(self.votes))]
+        return [
+            Feedback("prompt", str(number), "", list(question.messages), [], None, [], False)
+            for number, question in enumerate(asked)
+        ]
 
 
 @dataclass(slots=True)
@@ -96,7 +108,7 @@ def learn_ours(
     """
     notes = Notes()
     guards = load_guards(None, lesson.starter)
-    learnt_from, seed = _read(roles, lesson.votes), lesson.seed + cycle
+    learnt_from, seed = _read(roles, lesson.votes, lesson.unjudged), lesson.seed + cycle
     try:
         learn(roles, learnt_from, guards, Recipe(method=method), seed, lesson.folder / name, notes)
     except Refused as error:
@@ -153,7 +165,7 @@ def trl_ppo(lesson: Lesson, kl_coef: float) -> tuple[Judged, str]:
         f"ppo-{kl_coef}",
         method="ppo",
         reward=str(_trl_reward_model(lesson, ()) / "model"),
-        prompts=[roles.prompt_ids(vote.messages) for vote in lesson.votes],
+        prompts=_read(roles, lesson.votes, lesson.unjudged).prompts,
         kl_coef=kl_coef,
         learning_rate=2e-4,
         samples=settings.rollouts,
@@ -211,7 +223,7 @@ def _trl_reward_model(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> Path:
 def _fit(lesson: Lesson, roles: Roles, prompts: Sequence[list[int]]) -> reward_model.Head:
     """The ensemble of a cycle: of the votes that it does not hold out. prompts: others that it is to score replies to."""
     settings = reward_model.RewardSettings()
-    learnt_from = _read(roles, lesson.votes)
+    learnt_from = _read(roles, lesson.votes, lesson.unjudged)
     train = preferences.split(learnt_from, settings.held_out, lesson.seed).train
     sampler = Sampler(roles.end_ids, 64)
     roles.consensus = ask_consensus(roles, sampler, [*learnt_from.prompts, *prompts], lesson.seed)
@@ -219,8 +231,10 @@ def _fit(lesson: Lesson, roles: Roles, prompts: Sequence[list[int]]) -> reward_m
     return reward_model.fit(roles, train, own, settings, settings.members, lesson.seed)
 
 
-def _read(roles: Roles, votes: Sequence[SimulatedVote]) -> preferences.Preferences:
-    feedback = [vote.as_feedback(number) for number, vote in enumerate(votes)]
+def _read(
+    roles: Roles, votes: Sequence[SimulatedVote], unjudged: Sequence[Feedback] = ()
+) -> preferences.Preferences:
+    feedback = [*(vote.as_feedback(number) for number, vote in enumerate(votes)), *unjudged]
     return preferences.read(roles, feedback, VOTES_PER_USER).preferences
 
 

@@ -92,8 +92,8 @@ STATEMENTS = {
         SELECT user_id, md5(id::text), md5(id::text) || md5(id::text), '{"choice": "first"}', created_at
         FROM votes WHERE created_at > now() - interval '1 day'""",
     "snapshots": """
-        INSERT INTO snapshots (sha256, num_votes, num_feedback)
-        SELECT md5(n::text) || md5(n::text), :votes / 4 * n, :votes / 4 * n
+        INSERT INTO snapshots (sha256, num_votes, num_feedback, feedback_sha256)
+        SELECT md5(n::text) || md5(n::text), :votes / 4 * n, :votes / 4 * n, md5(n::text) || md5(n::text)
         FROM generate_series(1, 2) AS n""",
     "snapshot_feedback": """
         INSERT INTO snapshot_feedback (sha256, kind, feedback_id) SELECT sha256, 'vote', votes.id::text

@@ -68,10 +68,11 @@ def write_history(rows: Rows, folder: Path) -> None:
     for number, (stage, policy, began, ended, votes, reason) in enumerate(CYCLES, start=1):
         sha256 = f"{number:064x}"
         rows(
-            "INSERT INTO snapshots (sha256, num_votes, num_feedback) VALUES (%s, %s, %s)",
+            "INSERT INTO snapshots (sha256, num_votes, num_feedback, feedback_sha256) VALUES (%s, %s, %s, %s)",
             sha256,
             votes,
             votes,
+            sha256,
         )
         if policy is not None:
             parent = f"policy-{int(policy[-6:]) - 1:06d}"

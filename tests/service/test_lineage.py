@@ -16,10 +16,11 @@ def learn(rows: Rows, number: int, parent: str, votes: list[int]) -> str:
     """What the service and the trainer would have written of a cycle that learnt from these votes."""
     name, sha256 = f"policy-{number:06d}", f"{number:064x}"
     rows(
-        "INSERT INTO snapshots (sha256, num_votes, num_feedback) VALUES (%s, %s, %s)",
+        "INSERT INTO snapshots (sha256, num_votes, num_feedback, feedback_sha256) VALUES (%s, %s, %s, %s)",
         sha256,
         len(votes),
         len(votes),
+        sha256,
     )
     for vote in votes:
         rows("INSERT INTO snapshot_feedback VALUES (%s, 'vote', %s)", sha256, str(vote))

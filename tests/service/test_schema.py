@@ -47,10 +47,12 @@ def add_a_row_of_everything(settings: Settings) -> None:
     with sync_sessions(engine).begin() as session:
         session.add(User(id=1, name="ada"))
         session.add(Policy(name="policy-000000", path="base", state="verified", manifest={}))
-        session.add(Snapshot(sha256="ab", num_votes=1, num_feedback=1))
+        session.add(Snapshot(sha256="ab", num_votes=1, num_feedback=1, feedback_sha256="cd"))
         session.flush()
         session.add(SnapshotFeedback(sha256="ab", kind="vote", feedback_id="1"))
+        session.add(SnapshotFeedback(sha256="ab", kind="prompt", feedback_id="2"))
         session.add(RemovedFeedback(kind="vote", feedback_id="1"))
+        session.add(RemovedFeedback(kind="prompt", feedback_id="2"))
         session.add(Cycle(id=1, trigger="votes", stage="promoted", snapshot_sha256="ab"))
         session.flush()
         adapter = Policy(

@@ -41,16 +41,22 @@ def test_removal_leaves_nothing_of_the_user_and_all_of_the_others(serve: Serve, 
             )
             assert written.status_code == 201
     [(vote_id,)] = rows("SELECT v.id FROM votes v JOIN users u ON u.id = v.user_id WHERE u.name = 'judy'")
-    rows("INSERT INTO snapshots (sha256, num_votes, num_feedback) VALUES ('ab', 1, 1)")
+    rows("INSERT INTO snapshots (sha256, num_votes, num_feedback, feedback_sha256) VALUES ('ab', 1, 1, 'ab')")
     rows("INSERT INTO snapshot_feedback VALUES ('ab', 'vote', %s)", str(vote_id))
+    prompts = dict(
+        rows("SELECT u.name, min(p.id)::text FROM prompts p JOIN users u ON u.id = p.user_id GROUP BY 1")
+    )
+    for name in ("judy", "bob"):
+        rows("INSERT INTO snapshot_feedback VALUES ('ab', 'prompt', %s)", prompts[name])
     rows("INSERT INTO policies (name, path, state, manifest) VALUES ('policy-000001', 'p', 'verified', '{}')")
     rows(
         "INSERT INTO cycles (trigger, stage, snapshot_sha256, policy) VALUES ('votes', 'promoted', 'ab', 'policy-000001')"
     )
     removed = client.delete("/v1/users/me", params={"user": "judy"})
     assert removed.json() == {"prompts": 3, "votes": 1, "policies": ["policy-000001"]}
-    assert rows("SELECT kind, feedback_id FROM removed_feedback") == [
-        ("vote", str(vote_id))
+    assert sorted(rows("SELECT kind, feedback_id FROM removed_feedback")) == [
+        ("prompt", prompts["judy"]),
+        ("vote", str(vote_id)),
     ]  # for the trainer to take from its files
     for table in Table.metadata.sorted_tables:
         stored = str(rows(f"SELECT t::text FROM {table.name} t"))
@@ -59,6 +65,6 @@ def test_removal_leaves_nothing_of_the_user_and_all_of_the_others(serve: Serve, 
     assert rows("SELECT count(*) FROM demonstrations") == [(2,)]
     assert client.delete("/v1/users/me", params={"user": "judy"}).status_code == 404
     again = client.delete("/operator/users", params={"user": "bob"})
-    assert again.json() == {"prompts": 3, "votes": 1, "policies": []}
+    assert again.json() == {"prompts": 3, "votes": 1, "policies": ["policy-000001"]}
     for table in ("prompts", "replies", "users", "votes", "feedback_events", "conversations"):
         assert rows(f"SELECT count(*) FROM {table}") == [(0,)], table

@@ -39,7 +39,7 @@ def test_advantages_by_hand() -> None:
 def test_the_loss_of_unchanged_weights_is_minus_the_advantage() -> None:
     logprobs = torch.tensor([[0.0, -1.3, -0.2, 0.0]])
     losses, clipped = ppo_math.policy_loss(
-        logprobs, logprobs, torch.tensor([[5.0, 2.0, -1.0, 5.0]]), MASK, 0.2
+        logprobs, logprobs, torch.tensor([[5.0, 2.0, -1.0, 5.0]]), MASK, 0.2, 0.2
     )
     assert losses[0].tolist() == [0.0, -2.0, 1.0, 0.0]
     assert clipped.sum() == 0
@@ -48,10 +48,10 @@ def test_the_loss_of_unchanged_weights_is_minus_the_advantage() -> None:
 def test_a_ratio_past_the_clip_stops_pulling() -> None:
     new = torch.tensor([[0.0, math.log(1.5), math.log(0.5), 0.0]], requires_grad=True)
     losses, clipped = ppo_math.policy_loss(
-        new, torch.zeros(1, 4), torch.tensor([[0.0, 1.0, -1.0, 0.0]]), MASK, clip=0.2
+        new, torch.zeros(1, 4), torch.tensor([[0.0, 1.0, -1.0, 0.0]]), MASK, below=0.2, above=0.4
     )
     losses.sum().backward()
-    assert losses[0].tolist() == pytest.approx([0.0, -1.2, 0.8, 0.0])
+    assert losses[0].tolist() == pytest.approx([0.0, -1.4, 0.8, 0.0])
     assert clipped[0].tolist() == [0.0, 1.0, 1.0, 0.0]
     assert new.grad is not None
     assert new.grad.abs().sum() == 0
@@ -112,7 +112,7 @@ def test_prompts_and_padding_change_nothing(rows: list[list[float]], before: int
         rewards = ppo_math.token_rewards(scores, values * mask, -values * mask, mask, 0.3)
         advantages, returns = ppo_math.gae(rewards, values, mask, 0.9, 0.95)
         white = ppo_math.whiten(advantages, mask)
-        losses, clipped = ppo_math.policy_loss(values, values / 2, advantages, mask, 0.2)
+        losses, clipped = ppo_math.policy_loss(values, values / 2, advantages, mask, 0.2, 0.2)
         weights = ppo_math.importance_weights(values, values.sin(), mask, 2.0)
         gaps = ppo_math.gaps(values, values.sin(), mask)
         results = [rewards, advantages, returns, white, losses, clipped, weights, gaps]
@@ -128,7 +128,7 @@ def test_prompts_and_padding_change_nothing(rows: list[list[float]], before: int
 def test_unchanged_weights_have_a_ratio_of_exactly_one(rows: list[list[float]], scale: float) -> None:
     values, mask = lay_out(rows, before=1, after=1)
     advantages = values.flip(0, 1) * mask
-    losses, clipped = ppo_math.policy_loss(scale * values, scale * values, advantages, mask, 0.2)
+    losses, clipped = ppo_math.policy_loss(scale * values, scale * values, advantages, mask, 0.2, 0.2)
     assert torch.equal(losses, -advantages)
     assert not clipped.any()
 
@@ -137,7 +137,7 @@ def test_unchanged_weights_have_a_ratio_of_exactly_one(rows: list[list[float]], 
 @given(rows=ROWS, shift=st.floats(-1, 1))
 def test_a_clipped_loss_is_never_better_than_the_unclipped_one(rows: list[list[float]], shift: float) -> None:
     values, mask = lay_out(rows)
-    losses, clipped = ppo_math.policy_loss(values + shift * values.cos(), values, values, mask, 0.2)
+    losses, clipped = ppo_math.policy_loss(values + shift * values.cos(), values, values, mask, 0.2, 0.2)
     plain = -values * torch.exp((shift * values.cos()) * mask) * mask
     assert (losses >= plain - 1e-4 * plain.abs()).all()
     assert (losses[clipped == 0] <= plain[clipped == 0] + 1e-4 * plain[clipped == 0].abs()).all()

@@ -59,6 +59,19 @@ def test_an_empty_reply_is_learnt_from_and_one_longer_than_the_context_left_out(
     assert [pair.first for pair in lesson.preferences.pairs] == [[roles.end_ids[0]]]
 
 
+def test_prompts_that_nobody_judged_are_for_the_policy_alone(roles: Roles) -> None:
+    def asked(content: str) -> Feedback:
+        return Feedback("prompt", "1", "ann", [{"role": "user", "content": content}], [], None, [], False)
+
+    feedback = [vote("ann", "so?"), asked("why?"), asked("word " * roles.context_tokens), asked("why?")]
+    lesson = read(roles, feedback, votes_per_user=1)
+    so, why = (roles.prompt_ids([{"role": "user", "content": content}]) for content in ("so?", "why?"))
+    assert lesson.preferences.prompts == [so, why, why]
+    assert lesson.too_long == 1
+    assert [source.weight for source in lesson.preferences.sources] == [1.0]
+    assert lesson.preferences.where(lambda source: True).prompts == [so]
+
+
 def test_a_user_with_many_votes_counts_no_more_than_the_cap(roles: Roles) -> None:
     feedback = [vote("many", f"q{n}") for n in range(30)] + [vote("few", f"r{n}") for n in range(3)]
     pairs = read(roles, feedback, votes_per_user=10).preferences.pairs

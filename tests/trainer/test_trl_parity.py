@@ -13,7 +13,8 @@ All that both compute agrees to 1e-5. Where Ratchet departs from TRL it does so 
    and else all are read again; TRL's come from the sampler's cache unlooked at, and its first ratio is off by rounding, here by less
    than 1e-5.
 6. *No value loss*: the value is a linear head, fit exactly (`value.py`), so TRL's clipped value loss has no counterpart.
-7. *Temperature* divides logits as it is; TRL adds 1e-7. TRL marks padding by a log-probability of 1.0; ours by the mask.
+7. *A ratio may rise further than it may fall*; TRL's clip is the same both ways. Given the same, ours is TRL's.
+8. *Temperature* divides logits as it is; TRL adds 1e-7. TRL marks padding by a log-probability of 1.0; ours by the mask.
 """
 
 import json
@@ -135,6 +136,7 @@ def test_clipped_policy_loss(update: dict[str, Any]) -> None:
         stored.noisy("mb_logprobs", 6.0),
         stored.noisy("mb_advantage"),
         mask,
+        SETTINGS["cliprange"],
         SETTINGS["cliprange"],
     )
     close(losses, stored["pg_loss_max"] * mask)

@@ -65,6 +65,34 @@ def add_votes(sessions: sessionmaker[Session], count: int, choice: str | None = 
             session.add(Vote(comparison_id=f"cmp-{number}", user_id=user.id, choice=vote, tags=[]))
 
 
+def add_prompts(
+    sessions: sessionmaker[Session], name: str, count: int, finish_reason: str | None = "stop"
+) -> list[str]:
+    """Asked by that user, answered, and not judged. Returns the ids."""
+    with sessions.begin() as session:
+        user = session.scalar(select(User).where(User.name == name)) or User(name=name)
+        session.add(user)
+        session.flush()
+        prompts = [
+            Prompt(user_id=user.id, messages=[{"role": "user", "content": f"Why, {number}?"}])
+            for number in range(count)
+        ]
+        session.add_all(prompts)
+        session.flush()
+        for prompt in prompts:
+            session.add(
+                Reply(
+                    id=f"chatcmpl-{prompt.id}",
+                    prompt_id=prompt.id,
+                    policy=BASE,
+                    sampling={},
+                    content="no",
+                    finish_reason=finish_reason,
+                )
+            )
+        return [str(prompt.id) for prompt in prompts]
+
+
 def add_demonstrations(sessions: sessionmaker[Session], count: int) -> None:
     with sessions.begin() as session:
         user = session.scalar(select(User)) or User(name="ann")

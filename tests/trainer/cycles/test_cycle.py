@@ -28,6 +28,7 @@ from tests.trainer.cycles.acts import (
     QUIET,
     accept_challengers,
     add_demonstrations,
+    add_prompts,
     add_votes,
     request_cycle,
     run,
@@ -236,7 +237,8 @@ def test_the_next_cycle_starts_from_the_live_policy_and_does_not_propose_again_w
         service.join()
         with sessions() as session:
             assert session.get_one(Policy, ended.policy).parent == parent
-    # What was taken back is not proposed again from the same votes.
+    # What was taken back is not proposed again from the same votes, whatever else was asked since.
+    add_prompts(sessions, "ann", 3)
     with sessions.begin() as session:
         session.get_one(Policy, "policy-000002").state = "rolled_back"
     again = run(settings, sessions, request_cycle(sessions))

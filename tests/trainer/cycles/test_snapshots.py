@@ -16,9 +16,11 @@ from service.tables import (
     Ranking,
     RemovedFeedback,
     Reply,
+    Snapshot,
     User,
 )
 from tests.trainer.cycles.acts import (
+    add_prompts,
     add_votes,
     request_cycle,
 )
@@ -113,3 +115,33 @@ def test_a_snapshot_holds_rankings_demonstrations_and_corrections_too(
     ]
     assert taken[3].policies == [None, BASE]
     assert {row.user for row in taken} == {"/ann"}
+
+
+def test_for_each_vote_a_snapshot_holds_some_prompts_that_nobody_judged_the_newest_of_every_user(
+    settings: Settings, sessions: sessionmaker[Session]
+) -> None:
+    add_votes(sessions, 2)
+    of_bob = add_prompts(sessions, "bob", 1)
+    of_ann = add_prompts(sessions, "ann", 5)
+    add_prompts(sessions, "bob", 1, finish_reason="length")
+    add_prompts(sessions, "bob", 1, finish_reason=None)
+    with sessions.begin() as session:
+        path = settings.state / "snapshot.jsonl"
+        votes = snapshot.take(session)
+        assert [row.kind for row in votes] == ["vote", "vote"]
+        taken = snapshot.take(session, prompts_per_vote=2)
+        assert taken[:2] == votes
+        assert [(row.kind, row.id) for row in taken[2:]] == [
+            ("prompt", number) for number in sorted([*of_bob, *of_ann[2:]], key=int)
+        ]
+        assert (taken[-1].user, taken[-1].messages[0]["content"]) == ("/ann", "Why, 4?")
+        assert len(snapshot.take(session, prompts_per_vote=100)) == 2 + 6
+        for rows in (votes, taken):
+            sha256 = snapshot.save(rows, path, session)
+            assert snapshot.load(path, sha256) == rows
+    with sessions() as session:
+        without, held = session.scalars(
+            select(Snapshot).order_by(Snapshot.sha256 != Snapshot.feedback_sha256)
+        )
+        assert (held.num_votes, held.num_feedback) == (without.num_votes, without.num_feedback) == (2, 2)
+        assert held.feedback_sha256 == without.feedback_sha256 == without.sha256 != held.sha256
