@@ -291,7 +291,7 @@ class UserSettings(BaseModel):
     model_config = ConfigDict(json_schema_extra={"examples": [{"compares": False}]})
 
     compares: Flag = Field(
-        description="False: show no comparisons that the client did not ask for by `always`."
+        description="False: show no comparisons that the client did not ask for by `always`, and train on what is voted on alone."
     )
 
 

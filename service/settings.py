@@ -133,7 +133,7 @@ class Settings(BaseSettings):
     votes_per_user: int = Field(100, ge=1)
     """Votes of one user that count in full; of a user with more, each counts less, and all together as these."""
     prompts_per_vote: int = Field(3, ge=0)
-    """Prompts that were answered and not voted on which PPO trains on besides: at most so many a vote, everybody's newest; 0: none."""
+    """Prompts without a vote that PPO trains on besides: at most so many a vote, the newest of each user who votes; 0: none."""
     reward_length_bias: bool = True
     """Whether the reward may grow with a reply's length; `false` takes out what the score owes to it."""
     tick_seconds: float = Field(5.0, gt=0)

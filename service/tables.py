@@ -89,7 +89,7 @@ class User(Table):
     account: Mapped[str] = mapped_column(server_default="")
     name: Mapped[str]
     compares: Mapped[bool] = mapped_column(Boolean, server_default=true())
-    """False: opted out of comparisons that the service chooses to show."""
+    """False: opted out of comparisons that the service chooses to show, and of training on prompts without a vote."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     __table_args__ = (UniqueConstraint("account", "name"),)
 

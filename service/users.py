@@ -55,7 +55,7 @@ async def read_me(identity: IdentityDep, context: ContextDep, user: UserQuery = 
 async def change_me(
     body: UserSettings, identity: IdentityDep, context: ContextDep, user: UserQuery = None
 ) -> UserView:
-    """Opt out of comparisons that the service chooses to show, or in again."""
+    """Opt out of comparisons that the service chooses to show, and of training on prompts that you did not vote on; or in again."""
     who = identity.user(user)
     async with context.sessions.begin() as session:
         row = await session.get_one(User, await make_user(session, who))

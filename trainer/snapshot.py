@@ -54,8 +54,8 @@ class Feedback:
 def take(session: Session, prompts_per_vote: int = 0) -> list[Feedback]:
     """All votes and rankings of replies that are whole, and all demonstrations; each in the order of their ids.
 
-    After them, for each vote and ranking at most so many prompts that nobody judged: the newest of every user in turn, lest what is
-    trained on be what one asks.
+    After them, for each vote and ranking at most so many prompts that nobody judged, of users who vote and did not opt out of
+    comparisons: the newest of each in turn, lest a policy be trained on what one asks.
     """
     judged = [*_votes(session), *_rankings(session)]
     return [*judged, *_demonstrations(session), *_unjudged(session, prompts_per_vote * len(judged))]
@@ -135,10 +135,14 @@ def _unjudged(session: Session, most: int) -> Iterator[Feedback]:
         exists().where(table.comparison_id == Comparison.id, Comparison.prompt_id == Prompt.id)
         for table in (Vote, Ranking)
     )
+    votes = exists().where(Vote.user_id == Prompt.user_id)
     turn = func.row_number().over(partition_by=Prompt.user_id, order_by=Prompt.id.desc())
     candidates = (
         select(Prompt.id, turn.label("turn"))
+        .join(User)
         .where(
+            User.compares,
+            votes,
             exists().where(
                 Reply.prompt_id == Prompt.id, Reply.finish_reason == "stop", Reply.policy.is_not(None)
             ),

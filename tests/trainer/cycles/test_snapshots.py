@@ -18,6 +18,7 @@ from service.tables import (
     Reply,
     Snapshot,
     User,
+    Vote,
 )
 from tests.trainer.cycles.acts import (
     add_prompts,
@@ -117,25 +118,32 @@ def test_a_snapshot_holds_rankings_demonstrations_and_corrections_too(
     assert {row.user for row in taken} == {"/ann"}
 
 
-def test_for_each_vote_a_snapshot_holds_some_prompts_that_nobody_judged_the_newest_of_every_user(
+def test_for_each_vote_a_snapshot_holds_some_prompts_that_nobody_judged_the_newest_of_each_who_votes(
     settings: Settings, sessions: sessionmaker[Session]
 ) -> None:
-    add_votes(sessions, 2)
+    add_votes(sessions, 1)
     of_bob = add_prompts(sessions, "bob", 1)
-    of_ann = add_prompts(sessions, "ann", 5)
+    of_ann = add_prompts(sessions, "ann", 8)
     add_prompts(sessions, "bob", 1, finish_reason="length")
     add_prompts(sessions, "bob", 1, finish_reason=None)
+    add_prompts(sessions, "carl", 1)  # who never votes
+    add_prompts(sessions, "dora", 1)  # who opted out
+    with sessions.begin() as session:
+        [compared] = session.scalars(select(Comparison.id))
+        for user in session.scalars(select(User).where(User.name.in_(("bob", "dora")))):
+            user.compares = user.name != "dora"
+            session.add(Vote(comparison_id=compared, user_id=user.id, choice="tie", tags=[]))
     with sessions.begin() as session:
         path = settings.state / "snapshot.jsonl"
         votes = snapshot.take(session)
-        assert [row.kind for row in votes] == ["vote", "vote"]
+        assert [row.kind for row in votes] == ["vote", "vote", "vote"]
         taken = snapshot.take(session, prompts_per_vote=2)
-        assert taken[:2] == votes
-        assert [(row.kind, row.id) for row in taken[2:]] == [
-            ("prompt", number) for number in sorted([*of_bob, *of_ann[2:]], key=int)
+        assert taken[:3] == votes
+        assert [(row.kind, row.id) for row in taken[3:]] == [
+            ("prompt", number) for number in sorted([*of_bob, *of_ann[3:]], key=int)
         ]
-        assert (taken[-1].user, taken[-1].messages[0]["content"]) == ("/ann", "Why, 4?")
-        assert len(snapshot.take(session, prompts_per_vote=100)) == 2 + 6
+        assert (taken[-1].user, taken[-1].messages[0]["content"]) == ("/ann", "Why, 7?")
+        assert len(snapshot.take(session, prompts_per_vote=100)) == 3 + 9
         for rows in (votes, taken):
             sha256 = snapshot.save(rows, path, session)
             assert snapshot.load(path, sha256) == rows
@@ -143,5 +151,5 @@ def test_for_each_vote_a_snapshot_holds_some_prompts_that_nobody_judged_the_newe
         without, held = session.scalars(
             select(Snapshot).order_by(Snapshot.sha256 != Snapshot.feedback_sha256)
         )
-        assert (held.num_votes, held.num_feedback) == (without.num_votes, without.num_feedback) == (2, 2)
+        assert (held.num_votes, held.num_feedback) == (without.num_votes, without.num_feedback) == (3, 3)
         assert held.feedback_sha256 == without.feedback_sha256 == without.sha256 != held.sha256
