@@ -6,6 +6,7 @@ from fastapi import APIRouter, Response
 from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from service import removal
 from service.auth import LabelerDep
 from service.context import ContextDep
 from service.errors import BadRequest, NotFound
@@ -94,6 +95,7 @@ async def delete_demonstration(
     """Delete a demonstration of yours."""
     async with context.sessions.begin() as session:
         row = await _owned(session, demonstration_id, identity.user(user))
+        await removal.note(session, Demonstration, Demonstration.id == row.id)
         await session.execute(delete(Demonstration).where(Demonstration.id == row.id))
         if row.corrects is None:  # else the prompt is its reply's
             await session.execute(delete(Prompt).where(Prompt.id == row.prompt_id))

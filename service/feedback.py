@@ -7,6 +7,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from service import removal
 from service.errors import Conflict, NotFound
 from service.journal import UserName
 from service.pairing import objection
@@ -103,6 +104,7 @@ async def take_back(
     if row is not None:
         _check_not_final(row, settings)
         _note(session, row, "undone", {name: getattr(row, name) for name in columns})
+        await removal.note(session, table, table.id == row.id)
         await session.execute(delete(table).where(table.id == row.id))
 
 

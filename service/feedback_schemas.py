@@ -291,7 +291,8 @@ class UserSettings(BaseModel):
     model_config = ConfigDict(json_schema_extra={"examples": [{"compares": False}]})
 
     compares: Flag = Field(
-        description="False: show no comparisons that the client did not ask for by `always`, and train on what is voted on alone."
+        description="False: show no comparisons that the client did not ask for by `always`, "
+        "and from the next cycle on train on what is voted on alone."
     )
 
 
@@ -301,7 +302,9 @@ class UserView(BaseModel):
     account: str = Field(description="Whose key it is; empty without one.")
     user: str = Field(description="The user within the account.")
     role: Role = Field(description="What the caller may do.")
-    compares: bool = Field(description="Whether `comparison: auto` may show two replies.")
+    compares: bool = Field(
+        description="Whether `comparison: auto` may show two replies, and prompts without a vote be trained on."
+    )
 
 
 class Removed(BaseModel):
@@ -310,5 +313,5 @@ class Removed(BaseModel):
     prompts: int = Field(description="Prompts, each with its replies.")
     votes: int = Field(description="Votes.")
     policies: list[str] = Field(
-        description="The policies that were trained on those votes. Later snapshots hold none of them."
+        description="The policies that were trained on any of it. Later snapshots hold none of it."
     )

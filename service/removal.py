@@ -30,11 +30,14 @@ from service.tables import (
     Vote,
 )
 
-HELD: dict[str, type[Vote | Ranking | Demonstration | Prompt]] = {
-    "vote": Vote,
-    "ranking": Ranking,
-    "demonstration": Demonstration,
-    "prompt": Prompt,
+SNAPSHOT_LOCK = 7_221_006
+"""Number of the advisory lock that orders removals and the taking of a snapshot: one sees all of the other, or nothing."""
+Held = type[Vote | Ranking | Demonstration | Prompt]
+KINDS: dict[Held, str] = {
+    Vote: "vote",
+    Ranking: "ranking",
+    Demonstration: "demonstration",
+    Prompt: "prompt",
 }
 """What a snapshot is made of, by its kind there."""
 
@@ -64,7 +67,7 @@ async def trained_on(session: AsyncSession, user_id: int) -> list[str]:
         .join(SnapshotFeedback, SnapshotFeedback.sha256 == Cycle.snapshot_sha256)
         .join(given, cast(given.id, Text) == SnapshotFeedback.feedback_id)
         .where(SnapshotFeedback.kind == kind, given.user_id == user_id, Cycle.policy.is_not(None))
-        for kind, given in HELD.items()
+        for given, kind in KINDS.items()
     ]
     return sorted(policy for policy in await session.scalars(union(*theirs)) if policy is not None)
 
@@ -72,8 +75,8 @@ async def trained_on(session: AsyncSession, user_id: int) -> list[str]:
 async def remove_user(session: AsyncSession, user_id: int) -> Counts:
     """Delete a user's prompts, replies, votes, rankings, demonstrations and conversations, and the user."""
     num_votes = await session.scalar(select(func.count()).where(Vote.user_id == user_id)) or 0
-    for kind, given in HELD.items():
-        await _note(session, kind, given.user_id == user_id)
+    for given in KINDS:
+        await note(session, given, given.user_id == user_id)
     for table in (Vote, Ranking, FeedbackEvent, Demonstration, IdempotentCall):
         await session.execute(delete(table).where(table.user_id == user_id))
     num_prompts = await _remove_prompts(session, Prompt.user_id == user_id)
@@ -92,10 +95,10 @@ async def _remove_prompts(session: AsyncSession, which: ColumnElement[bool]) -> 
     """Delete prompts and everything that hangs on them, whoever added it. Returns how many there were."""
     prompts = select(Prompt.id).where(which)
     comparisons = select(Comparison.id).where(Comparison.prompt_id.in_(prompts))
-    await _note(session, "vote", Vote.comparison_id.in_(comparisons))
-    await _note(session, "ranking", Ranking.comparison_id.in_(comparisons))
-    await _note(session, "demonstration", Demonstration.prompt_id.in_(prompts))
-    await _note(session, "prompt", which)
+    await note(session, Vote, Vote.comparison_id.in_(comparisons))
+    await note(session, Ranking, Ranking.comparison_id.in_(comparisons))
+    await note(session, Demonstration, Demonstration.prompt_id.in_(prompts))
+    await note(session, Prompt, which)
     for table in (Vote, Ranking, FeedbackEvent, ComparisonReply):
         await session.execute(delete(table).where(table.comparison_id.in_(comparisons)))
     for hanging in (Comparison, Demonstration, Reply):
@@ -104,9 +107,11 @@ async def _remove_prompts(session: AsyncSession, which: ColumnElement[bool]) -> 
     return len(deleted.all())
 
 
-async def _note(session: AsyncSession, kind: str, which: ColumnElement[bool]) -> None:
-    """Have the trainer take what a snapshot holds out of its file."""
-    feedback_id = cast(HELD[kind].id, Text)
+async def note(session: AsyncSession, table: Held, which: ColumnElement[bool]) -> None:
+    """Have the trainer take rows that a snapshot holds out of its file; to be called before they are deleted."""
+    kind = KINDS[table]
+    await session.execute(select(func.pg_advisory_xact_lock_shared(SNAPSHOT_LOCK)))
+    feedback_id = cast(table.id, Text)
     held = select(literal(kind), feedback_id).where(
         which,
         select(SnapshotFeedback)

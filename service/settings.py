@@ -133,7 +133,8 @@ class Settings(BaseSettings):
     votes_per_user: int = Field(100, ge=1)
     """Votes of one user that count in full; of a user with more, each counts less, and all together as these."""
     prompts_per_vote: int = Field(3, ge=0)
-    """Prompts without a vote that PPO trains on besides: at most so many a vote, the newest of each user who votes; 0: none."""
+    """Prompts without a vote that PPO trains on besides: of each user the newest, at most so many for each vote of theirs, and no more
+    than make 2,048 with those that were voted on; 0: none."""
     reward_length_bias: bool = True
     """Whether the reward may grow with a reply's length; `false` takes out what the score owes to it."""
     tick_seconds: float = Field(5.0, gt=0)

@@ -391,7 +391,7 @@ class SnapshotFeedback(Table):
 
 
 class RemovedFeedback(Table):
-    """Feedback of a snapshot that its user had removed; the trainer then takes it out of the snapshot's file too."""
+    """What a snapshot holds and its user had removed; the trainer then takes it out of the snapshot's file too."""
 
     __tablename__ = "removed_feedback"
     kind: Mapped[str] = mapped_column(primary_key=True)

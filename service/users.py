@@ -65,7 +65,7 @@ async def change_me(
 
 @router.delete("/v1/users/me")
 async def remove_me(identity: IdentityDep, context: ContextDep, user: UserQuery = None) -> Removed:
-    """Remove all that you wrote, were answered, and voted. Says which policies were trained on your votes."""
+    """Remove all that you wrote, were answered, and voted. Says which policies were trained on it."""
     return await _remove(context, identity.user(user))
 
 

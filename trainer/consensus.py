@@ -1,6 +1,6 @@
 """What the anchor says to a prompt when it is surest, and how much of it a reply says.
 
-A model knows more than it says: at a low temperature the starter gives 98 right answers in a hundred, at temperature 1 only 70. How
+A model knows more than it says: at a low temperature the starter gives 98 right answers in a hundred, at temperature 1 only 63. How
 likely it finds a reply tells little of that, since most of it is how a thing is said. Which words are in it does tell: the one or two
 that its surest answers to this prompt share and those to others have not, or the ones of another prompt in their place. Words are runs
 of letters and digits, in either case; where a script puts no spaces between them, its characters. The prompt's own say nothing, but

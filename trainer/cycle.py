@@ -28,6 +28,7 @@ from service.settings import Settings
 from service.tables import Cycle, Deployment, Duel, Policy, Prompt, Snapshot
 from trainer import ppo, preferences, publish, report, reward_model, snapshot, whole
 from trainer.anchoring import Anchored, TooFewDemonstrations, learn_anchor
+from trainer.features import FULLY_ASKED
 from trainer.fleet_rollouts import FleetSampler
 from trainer.guard import Guard, load_guards
 from trainer.learning import Learned, Method, Recipe, Refused, TooFewVotes, learn
@@ -287,14 +288,16 @@ def _recipe(run: Run, start: Start) -> Recipe:
 
 
 def _take_snapshot(run: Run) -> tuple[list[snapshot.Feedback], str]:
-    """The cycle's own snapshot where it has one, else all votes now."""
+    """The cycle's own snapshot where it has one, else one of all that there is now."""
     path = snapshot.file_of(run.settings.state / "cycles", run.id)
     with run.sessions.begin() as session:
         row = session.get_one(Cycle, run.id)
         if row.snapshot_sha256 is not None and path.exists():
             return snapshot.load(path, row.snapshot_sha256), row.snapshot_sha256
         run.folder.mkdir(parents=True, exist_ok=True)
-        feedback = snapshot.take(session, run.settings.prompts_per_vote)
+        # PPO alone trains on prompts; no more than the anchor can be asked as often as it should be.
+        per_vote = run.settings.prompts_per_vote if run.method == "ppo" else 0
+        feedback = snapshot.take(session, per_vote, FULLY_ASKED)
         row.snapshot_sha256 = snapshot.save(feedback, path, session)
         sha256 = row.snapshot_sha256
     kinds = Counter(row.kind for row in feedback)

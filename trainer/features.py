@@ -33,6 +33,8 @@ ANSWERS = 8
 FEWEST_ANSWERS = 2
 MOST_ASKED = 16384
 """Answers to all prompts together: with more prompts than these are eight to each, each gets fewer."""
+FULLY_ASKED = MOST_ASKED // ANSWERS
+"""Prompts that get all of them."""
 SURE_TEMPERATURE = 0.3
 
 

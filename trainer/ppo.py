@@ -40,7 +40,7 @@ from trainer.value import Value
 
 ROUNDING = 0.01
 """Mean gap, nats per token, up to which the sampler's log-probabilities serve as the old policy's: a ratio begins at 1 to within a
-hundredth then, where the clip is at a fifth. In float32 the gap is some 1e-6, in bfloat16 .001 to .006."""
+hundredth then, where the clip is a fifth below. In float32 the gap is some 1e-6, in bfloat16 .001 to .006."""
 SEEDS_APART = 1_000_003
 """Between the seeds that two processes sample with, so that none is another cycle's."""
 

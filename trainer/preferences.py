@@ -66,7 +66,7 @@ class Dislike:
 
 @dataclass(frozen=True, slots=True)
 class Preferences:
-    """Everything that a reward model is fit to, and prompts for a policy."""
+    """Everything that a reward model is fit to, and what else was asked, for a policy to be trained on."""
 
     pairs: list[Pair]
     dislikes: list[Dislike]

@@ -13,6 +13,7 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from service.removal import SNAPSHOT_LOCK
 from service.tables import (
     Comparison,
     ComparisonReply,
@@ -51,14 +52,18 @@ class Feedback:
     imported: bool
 
 
-def take(session: Session, prompts_per_vote: int = 0) -> list[Feedback]:
-    """All votes and rankings of replies that are whole, and all demonstrations; each in the order of their ids.
+def take(session: Session, prompts_per_vote: int = 0, most_prompts: int = 0) -> list[Feedback]:
+    """All votes and rankings of replies that are whole, and all demonstrations; each in the order of their ids. Nothing is removed
+    until the caller commits.
 
-    After them, for each vote and ranking at most so many prompts that nobody judged, of users who vote and did not opt out of
-    comparisons: the newest of each in turn, lest a policy be trained on what one asks.
+    After them, of each user who votes and did not opt out of comparisons, the newest prompts that nobody judged: at most so many for
+    each vote of theirs, and in turn, lest a policy be trained on what one asks; as long as there are no more than `most_prompts`
+    together with those of votes and rankings.
     """
+    session.execute(select(func.pg_advisory_xact_lock(SNAPSHOT_LOCK)))
     judged = [*_votes(session), *_rankings(session)]
-    return [*judged, *_demonstrations(session), *_unjudged(session, prompts_per_vote * len(judged))]
+    most = max(0, most_prompts - len(judged))
+    return [*judged, *_demonstrations(session), *_unjudged(session, prompts_per_vote, most)]
 
 
 def _votes(session: Session) -> Iterator[Feedback]:
@@ -129,20 +134,21 @@ def _demonstrations(session: Session) -> Iterator[Feedback]:
         )
 
 
-def _unjudged(session: Session, most: int) -> Iterator[Feedback]:
+def _unjudged(session: Session, for_each_vote: int, most: int) -> Iterator[Feedback]:
     """Prompts that a policy answered, and of whose answers none was voted on, ranked or corrected; in the order of their ids."""
     judgements = (
         exists().where(table.comparison_id == Comparison.id, Comparison.prompt_id == Prompt.id)
         for table in (Vote, Ranking)
     )
-    votes = exists().where(Vote.user_id == Prompt.user_id)
+    votes = select(Vote.user_id, func.count().label("given")).group_by(Vote.user_id).subquery()
     turn = func.row_number().over(partition_by=Prompt.user_id, order_by=Prompt.id.desc())
     candidates = (
-        select(Prompt.id, turn.label("turn"))
+        select(Prompt.id, turn.label("turn"), votes.c.given)
+        .select_from(Prompt)
         .join(User)
+        .join(votes, votes.c.user_id == User.id)
         .where(
             User.compares,
-            votes,
             exists().where(
                 Reply.prompt_id == Prompt.id, Reply.finish_reason == "stop", Reply.policy.is_not(None)
             ),
@@ -151,7 +157,12 @@ def _unjudged(session: Session, most: int) -> Iterator[Feedback]:
         )
         .subquery()
     )
-    drawn = select(candidates.c.id).order_by(candidates.c.turn, candidates.c.id.desc()).limit(most)
+    drawn = (
+        select(candidates.c.id)
+        .where(candidates.c.turn <= for_each_vote * candidates.c.given)
+        .order_by(candidates.c.turn, candidates.c.id.desc())
+        .limit(most)
+    )
     rows = session.execute(
         select(Prompt.id, USER, Prompt.messages).join(User).where(Prompt.id.in_(drawn)).order_by(Prompt.id)
     )
@@ -190,11 +201,16 @@ def load(path: Path, sha256: str) -> list[Feedback]:
         raise ValueError(
             f"The snapshot {path.name} is not the one that this cycle began with (sha256 differs)."
         )
-    return [Feedback(**json.loads(line)) for line in content.decode().splitlines()]
+    return [Feedback(**json.loads(line)) for line in _lines(content)]
+
+
+def _lines(content: bytes) -> list[str]:
+    """Each ends with a line feed, and with none of the other characters that Unicode ends lines with: people write these."""
+    return content.decode().split("\n")[:-1]
 
 
 def scrub(session: Session, cycles: Path) -> int:
-    """Takes feedback that its users had removed out of the snapshots' files; the caller commits. Returns how much.
+    """Takes what its users had removed out of the snapshots' files; the caller commits. Returns how much.
 
     Only while no cycle is open: a scrubbed file no longer has the sha256 that a cycle is taken up again by.
     """
@@ -221,8 +237,11 @@ def scrub(session: Session, cycles: Path) -> int:
 
 def _drop(path: Path, gone: set[tuple[str, str]]) -> None:
     if path.exists():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if (row := json.loads(line)) and (row["kind"], row["id"]) not in gone]
+        kept = [
+            line
+            for line in _lines(path.read_bytes())
+            if (row := json.loads(line)) and (row["kind"], row["id"]) not in gone
+        ]
         _replace(path, "".join(line + "\n" for line in kept).encode())
 
 

@@ -1,4 +1,7 @@
-"""A snapshot holds prompts that nobody judged too, and knows the hash of its feedback without them."""
+"""A snapshot holds prompts that nobody judged too, and knows the hash of its feedback without them.
+
+Down again, such prompts stay in the files of snapshots, and are not taken out where a user has them removed.
+"""
 
 import sqlalchemy as sa
 from alembic import op

@@ -223,7 +223,7 @@ def _trl_reward_model(lesson: Lesson, fresh: Sequence[SimulatedVote]) -> Path:
 def _fit(lesson: Lesson, roles: Roles, prompts: Sequence[list[int]]) -> reward_model.Head:
     """The ensemble of a cycle: of the votes that it does not hold out. prompts: others that it is to score replies to."""
     settings = reward_model.RewardSettings()
-    learnt_from = _read(roles, lesson.votes, lesson.unjudged)
+    learnt_from = _read(roles, lesson.votes)
     train = preferences.split(learnt_from, settings.held_out, lesson.seed).train
     sampler = Sampler(roles.end_ids, 64)
     roles.consensus = ask_consensus(roles, sampler, [*learnt_from.prompts, *prompts], lesson.seed)

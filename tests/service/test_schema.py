@@ -150,7 +150,8 @@ def test_going_down_one_migration_keeps_what_the_older_tables_can_hold(database:
     schema.upgrade(database)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT feedback_id FROM snapshot_feedback")).scalars().all() == ["1"]
-        assert connection.execute(text("SELECT num_feedback FROM snapshots")).scalars().all() == [1]
+        found = connection.execute(text("SELECT num_feedback, feedback_sha256 = sha256 FROM snapshots")).all()
+        assert found == [(1, True)]
 
 
 def test_without_duels_what_was_on_trial_is_a_challenger_and_what_was_taken_back_is_rejected(

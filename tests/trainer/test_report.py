@@ -20,7 +20,7 @@ ITERATION = {
     "guard": {"num_right": 50, "num_asked": 64, "live": 0.75},
 }
 METRICS: dict[str, Any] = {
-    "snapshot": {"sha256": "ab" * 32, "votes": 300, "rankings": 2, "demonstrations": 1},
+    "snapshot": {"sha256": "ab" * 32, "votes": 300, "rankings": 2, "demonstrations": 1, "prompts": 900},
     "reward_model": {
         "accuracy": ACCURACY,
         "log_loss": 0.45,
@@ -57,7 +57,7 @@ TUNED = {
     "why": "all epochs were done",
 }
 SECTIONS = {
-    "snapshot": "Learnt from",
+    "snapshot": "1 demonstrations; 900 prompts that nobody judged",
     "reward_model": "Reward model",
     "training": "Training (ppo)",
     "gate": "Gate",

@@ -68,13 +68,13 @@ def add_votes(sessions: sessionmaker[Session], count: int, choice: str | None = 
 def add_prompts(
     sessions: sessionmaker[Session], name: str, count: int, finish_reason: str | None = "stop"
 ) -> list[str]:
-    """Asked by that user, answered, and not judged. Returns the ids."""
+    """Asked by that user (with what Unicode, and not JSON, ends lines with), answered, and not judged. Returns the ids."""
     with sessions.begin() as session:
         user = session.scalar(select(User).where(User.name == name)) or User(name=name)
         session.add(user)
         session.flush()
         prompts = [
-            Prompt(user_id=user.id, messages=[{"role": "user", "content": f"Why, {number}?"}])
+            Prompt(user_id=user.id, messages=[{"role": "user", "content": f"Why,\u2028{number}?"}])
             for number in range(count)
         ]
         session.add_all(prompts)

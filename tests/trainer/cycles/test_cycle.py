@@ -246,6 +246,7 @@ def test_the_next_cycle_starts_from_the_live_policy_and_does_not_propose_again_w
         "rejected",
         "policy-000002 learnt from exactly these votes, and was taken back.",
     )
+    assert (ended.metrics["snapshot"]["prompts"], again.metrics["snapshot"]["prompts"]) == (0, 3)
 
 
 @pytest.mark.usefixtures("_open_gate")

@@ -21,6 +21,7 @@ from service.tables import (
     Vote,
 )
 from tests.trainer.cycles.acts import (
+    add_demonstrations,
     add_prompts,
     add_votes,
     request_cycle,
@@ -66,19 +67,25 @@ def test_what_a_user_had_removed_goes_from_the_snapshots_too(
     settings: Settings, sessions: sessionmaker[Session]
 ) -> None:
     add_votes(sessions, 3)
+    asked = add_prompts(sessions, "ann", 2)
     cycles = settings.state / "cycles"
     path = snapshot.file_of(cycles, request_cycle(sessions))
     path.parent.mkdir(parents=True)
     with sessions.begin() as session:
-        taken = snapshot.take(session)
+        taken = snapshot.take(session, prompts_per_vote=1, most_prompts=100)
         sha256 = snapshot.save(taken, path, session)
         session.execute(update(Cycle).values(snapshot_sha256=sha256, stage="rejected", ended_at=func.now()))
         session.add(RemovedFeedback(kind="vote", feedback_id=taken[1].id))
-    for expected in (1, 0):
+        session.add(RemovedFeedback(kind="prompt", feedback_id=asked[0]))
+    for expected in (2, 0):
         with sessions.begin() as session:
             assert snapshot.scrub(session, cycles) == expected
-        left = [json.loads(line)["id"] for line in path.read_text().splitlines()]
-        assert left == [taken[0].id, taken[2].id]
+        left = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        assert [(row["kind"], row["id"]) for row in left] == [
+            ("vote", taken[0].id),
+            ("vote", taken[2].id),
+            ("prompt", asked[1]),
+        ]
 
 
 def test_a_snapshot_holds_rankings_demonstrations_and_corrections_too(
@@ -118,7 +125,7 @@ def test_a_snapshot_holds_rankings_demonstrations_and_corrections_too(
     assert {row.user for row in taken} == {"/ann"}
 
 
-def test_for_each_vote_a_snapshot_holds_some_prompts_that_nobody_judged_the_newest_of_each_who_votes(
+def test_a_snapshot_holds_what_else_those_asked_who_vote_the_newest_of_each_in_turn(
     settings: Settings, sessions: sessionmaker[Session]
 ) -> None:
     add_votes(sessions, 1)
@@ -128,28 +135,33 @@ def test_for_each_vote_a_snapshot_holds_some_prompts_that_nobody_judged_the_newe
     add_prompts(sessions, "bob", 1, finish_reason=None)
     add_prompts(sessions, "carl", 1)  # who never votes
     add_prompts(sessions, "dora", 1)  # who opted out
+    add_demonstrations(sessions, 1)
     with sessions.begin() as session:
         [compared] = session.scalars(select(Comparison.id))
         for user in session.scalars(select(User).where(User.name.in_(("bob", "dora")))):
             user.compares = user.name != "dora"
             session.add(Vote(comparison_id=compared, user_id=user.id, choice="tie", tags=[]))
+
+    def held(rows: list[snapshot.Feedback]) -> list[str]:
+        return [row.id for row in rows if row.kind == "prompt"]
+
     with sessions.begin() as session:
         path = settings.state / "snapshot.jsonl"
-        votes = snapshot.take(session)
-        assert [row.kind for row in votes] == ["vote", "vote", "vote"]
-        taken = snapshot.take(session, prompts_per_vote=2)
-        assert taken[:3] == votes
-        assert [(row.kind, row.id) for row in taken[3:]] == [
-            ("prompt", number) for number in sorted([*of_bob, *of_ann[3:]], key=int)
-        ]
-        assert (taken[-1].user, taken[-1].messages[0]["content"]) == ("/ann", "Why, 7?")
-        assert len(snapshot.take(session, prompts_per_vote=100)) == 3 + 9
-        for rows in (votes, taken):
+        judged = snapshot.take(session)
+        assert [row.kind for row in judged] == ["vote", "vote", "vote", "demonstration"]
+        taken = snapshot.take(session, prompts_per_vote=2, most_prompts=100)
+        assert taken[:4] == judged
+        assert held(taken) == sorted([*of_bob, *of_ann[-2:]], key=int)
+        assert (taken[-1].user, taken[-1].messages[0]["content"]) == ("/ann", "Why,\u20287?")
+        newest = sorted([*of_bob, of_ann[-1]], key=int)
+        assert held(snapshot.take(session, prompts_per_vote=4, most_prompts=3 + 2)) == newest
+        assert held(snapshot.take(session, prompts_per_vote=4, most_prompts=2)) == []
+        for rows in (judged, taken):
             sha256 = snapshot.save(rows, path, session)
             assert snapshot.load(path, sha256) == rows
     with sessions() as session:
-        without, held = session.scalars(
+        without, whole = session.scalars(
             select(Snapshot).order_by(Snapshot.sha256 != Snapshot.feedback_sha256)
         )
-        assert (held.num_votes, held.num_feedback) == (without.num_votes, without.num_feedback) == (3, 3)
-        assert held.feedback_sha256 == without.feedback_sha256 == without.sha256 != held.sha256
+        assert (whole.num_votes, whole.num_feedback) == (without.num_votes, without.num_feedback) == (3, 4)
+        assert whole.feedback_sha256 == without.feedback_sha256 == without.sha256 != whole.sha256
