@@ -108,7 +108,8 @@ def learn_ours(
     """
     notes = Notes()
     guards = load_guards(None, lesson.starter)
-    learnt_from, seed = _read(roles, lesson.votes, lesson.unjudged), lesson.seed + cycle
+    unjudged = lesson.unjudged if method == "ppo" else ()
+    learnt_from, seed = _read(roles, lesson.votes, unjudged), lesson.seed + cycle
     try:
         learn(roles, learnt_from, guards, Recipe(method=method), seed, lesson.folder / name, notes)
     except Refused as error:

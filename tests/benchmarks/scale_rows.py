@@ -96,8 +96,10 @@ STATEMENTS = {
         SELECT md5(n::text) || md5(n::text), :votes / 4 * n, :votes / 4 * n, md5(n::text) || md5(n::text)
         FROM generate_series(1, 2) AS n""",
     "snapshot_feedback": """
-        INSERT INTO snapshot_feedback (sha256, kind, feedback_id) SELECT sha256, 'vote', votes.id::text
-        FROM snapshots JOIN votes ON votes.id <= num_votes""",
+        INSERT INTO snapshot_feedback (sha256, kind, feedback_id)
+        SELECT sha256, 'vote', votes.id::text FROM snapshots JOIN votes ON votes.id <= num_votes
+        UNION ALL
+        SELECT sha256, 'prompt', prompts.id::text FROM snapshots JOIN prompts ON prompts.id <= num_votes""",
     "cycles": """
         INSERT INTO cycles (trigger, stage, snapshot_sha256, policy, created_at, ended_at)
         SELECT 'votes', 'promoted', md5((1 + i % 2)::text) || md5((1 + i % 2)::text),
